@@ -1,0 +1,231 @@
+"""What a checkpoint is on disk, and how it is read.
+
+    checkpoints/step_00000100/
+        manifest.json            step, tokens, the run's config, layout, versions, and the size of every file
+        index.json               weight -> the fragments it is made of, and the file each stands in
+        rank_00000.safetensors   what rank 0 owned: fragments of fp32 weights and optimizer state, and its random state
+
+Things have global names, so that any layout loads what any other saved. A fragment is a run of one tensor-parallel part of a
+weight, flattened: ZeRO cuts weights at arbitrary elements. Writing happens in a hidden folder that is renamed at the end: a
+reader sees all of a checkpoint or none. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmscale.config.schema import RunConfig
+from llmscale.errors import CheckpointError
+from llmscale.models.cut import local_shape, pieces
+from llmscale.models.family import Weight, families
+
+FORMAT = 1
+WEIGHT = "weight"
+"""The state that every weight has: its fp32 master. The others are the optimizer's: exp_avg, exp_avg_sq, ..."""
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of tensor-parallel part `tensor_rank` of `tensor_size` of a weight, flattened.
+
+    tensors: state name -> 1-D tensor of numel elements, a view of the live state; "weight" is always there.
+    """
+
+    weight: Weight
+    tensor_rank: int
+    tensor_size: int
+    start: int
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.tensors[WEIGHT].numel()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of index.json: where a fragment stands."""
+
+    file: str
+    tensor_rank: int
+    tensor_size: int
+    start: int
+    numel: int
+
+    def key(self, state: str, weight: str) -> str:
+        """The tensor's name in its file."""
+        return f"{state}/{weight}/{self.tensor_rank}/{self.start}"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write a safetensors file one tensor at a time, so that memory holds one copy of one tensor. Returns its size in bytes.
+
+    The format: 8 bytes of header length, little-endian; a JSON header of names, types, shapes and offsets; the bytes.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for tensor in tensors.values():
+            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            file.write(memoryview(raw.numpy()))
+        file.flush()
+        _sync(file.fileno())
+    return 8 + len(head) + end
+
+
+def _sync(descriptor: int) -> None:
+    import os
+
+    os.fsync(descriptor)
+
+
+class Checkpoint:
+    """A whole checkpoint, open for reading; tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the checkpoint is missing, incomplete or of another format."""
+        self.path = path
+        self.manifest = self._json("manifest.json")
+        if self.manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path}/manifest.json: format {self.manifest.get('format')!r}, this llmscale reads {FORMAT}; "
+                "convert it with the llmscale that wrote it"
+            )
+        for name, size in self.manifest["files"].items():
+            file = path / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise CheckpointError(f"{file}: {what}; use another checkpoint of {path.parent}")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: no {name}, so this is not a whole llmscale checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); use another checkpoint") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file}: a JSON object is wanted; use another checkpoint")
+        return content
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The config of the run that saved it; model.vocab_size is set."""
+        return RunConfig.model_validate(self.manifest["config"])
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """Every weight of the model, by name."""
+        model = self.config.model
+        if model.vocab_size is None:
+            raise CheckpointError(f"{self.path}/manifest.json: no model.vocab_size")
+        return {weight.name: weight for weight in families()[model.family].parameters(model, model.vocab_size)}
+
+    @cached_property
+    def index(self) -> dict[str, list[Entry]]:
+        """The fragments of every weight."""
+        return {name: [Entry(**row) for row in rows] for name, rows in self._json("index.json").items()}
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What was saved of each weight: "weight" and the optimizer's state."""
+        return tuple(self.manifest["states"])
+
+    def tensor(self, file: str, key: str) -> torch.Tensor:
+        """One tensor of one file."""
+        try:
+            with safe_open(self.path / file, framework="pt") as opened:
+                result: torch.Tensor = opened.get_tensor(key)
+                return result
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint") from None
+
+    def part(self, name: str, state: str, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """What tensor-parallel rank `tensor_rank` of `tensor_size` holds of a weight, in its local shape."""
+        weight = self.weights[name]
+        shape = local_shape(weight, tensor_size)
+        saved_size = self.index[name][0].tensor_size
+        if saved_size == tensor_size:
+            numel = 1
+            for size in shape:
+                numel *= size
+            return self.run(name, state, tensor_rank, 0, numel).view(shape)
+        whole, local = self.whole(name, state), torch.zeros(shape)
+        for piece in pieces(weight, tensor_rank, tensor_size):
+            local.narrow(piece.dim, piece.local_start, piece.length).copy_(
+                whole.narrow(piece.dim, piece.whole_start, piece.length)
+            )
+        return local
+
+    def run(self, name: str, state: str, tensor_rank: int, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of a saved tensor-parallel part, flattened, from whatever fragments hold them."""
+        result = torch.empty(numel)
+        covered = 0
+        for entry in self.index[name]:
+            low, high = max(start, entry.start), min(start + numel, entry.start + entry.numel)
+            if entry.tensor_rank == tensor_rank and low < high:
+                fragment = self.tensor(entry.file, entry.key(state, name))
+                result[low - start : high - start] = fragment[low - entry.start : high - entry.start]
+                covered += high - low
+        if covered != numel:
+            raise CheckpointError(
+                f"{self.path}: {name}: {covered} of {numel} elements of {state} found; use another checkpoint"
+            )
+        return result
+
+    def whole(self, name: str, state: str = WEIGHT) -> torch.Tensor:
+        """A weight (or its optimizer state) as one fp32 tensor of its global shape, without padding.
+
+        Raises:
+            CheckpointError: it is not in the checkpoint, or not all of it.
+        """
+        if name not in self.weights or name not in self.index:
+            raise CheckpointError(f"{self.path}: no weight {name!r}")
+        weight, size = self.weights[name], self.index[name][0].tensor_size
+        result = torch.empty(weight.shape)
+        for rank in sorted({entry.tensor_rank for entry in self.index[name]}):
+            part = self.part(name, state, rank, size)
+            for piece in pieces(weight, rank, size):
+                result.narrow(piece.dim, piece.whole_start, piece.length).copy_(
+                    part.narrow(piece.dim, piece.local_start, piece.length)
+                )
+        return result
+
+    def read(self, name: str, state: str, tensor_rank: int, tensor_size: int, start: int, numel: int) -> torch.Tensor:
+        """What a rank of any layout owns of a weight: elements [start, start + numel) of its flattened part."""
+        if name not in self.index:
+            raise CheckpointError(f"{self.path}: no weight {name!r}; the checkpoint is of another model")
+        entry = self.index[name][0]
+        if entry.tensor_size == tensor_size and self.weights[name].cut != "replicated":
+            return self.run(name, state, tensor_rank, start, numel)
+        if self.weights[name].cut == "replicated":
+            return self.run(name, state, 0, start, numel)
+        return self.part(name, state, tensor_rank, tensor_size).reshape(-1)[start : start + numel]
+
+    def whole_weights(self) -> Iterator[tuple[Weight, torch.Tensor]]:
+        """All weights, one whole tensor at a time."""
+        for name, weight in self.weights.items():
+            yield weight, self.whole(name)

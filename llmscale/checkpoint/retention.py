@@ -1,0 +1,59 @@
+"""Which checkpoints a run directory has: the newest whole one, and which to remove."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from llmscale.checkpoint.format import Checkpoint
+from llmscale.checkpoint.save import remove
+from llmscale.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under a folder, oldest first, whole or not; nothing that is still being written."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; broken ones are passed over with a warning."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return Checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("passing over a broken checkpoint: %s", error)
+    return None
+
+
+def find(resume: str, folder: Path) -> Checkpoint | None:
+    """What `checkpoint.resume` names: auto, never, or the path of a checkpoint or of a folder of them.
+
+    Raises:
+        CheckpointError: the path that was asked for holds no whole checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_whole(folder)
+    path = Path(resume)
+    if (path / "manifest.json").is_file():
+        return Checkpoint(path)
+    for nested in (path, path / "checkpoints"):
+        found = newest_whole(nested)
+        if found is not None:
+            return found
+    raise CheckpointError(f"checkpoint.resume: {path} holds no whole checkpoint; name a step_* folder or a run directory")
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints (0 keeps all). Returns what was removed."""
+    stale = checkpoints(folder)[:-keep] if keep else []
+    for path in stale:
+        remove(path)
+    return stale

@@ -1,0 +1,210 @@
+"""The run's config as types: every key, its default, its range and what it means.
+
+One frozen model a section. The descriptions below are the config reference: `docs/config.md` is generated from them.
+Rules that tie several sections together stand elsewhere: sizes and layouts in `distributed/layout.py`,
+values that follow from others in `derive.py`, DeepSpeed's file in `deepspeed.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's true is Python's 1: a number that was written as a boolean is a mistake."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section of the config: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Run(Section):
+    """What the run is called and where it writes."""
+
+    name: str = Field("run", min_length=1, description="Name of the run, shown in logs and trackers.")
+    output_dir: str = Field("runs/run", min_length=1, description="The run directory; made when it does not exist.")
+    seed: Int = Field(
+        1234, ge=0, lt=2**63, description="Seed of the initial weights, the data order and dropout."
+    )
+
+
+class Model(Section):
+    """The model's architecture. `preset` fills in what is not given."""
+
+    preset: str | None = Field(None, description="Name of a preset to start from; keys given beside it win.")
+    family: str = Field(description="Model family, a file in `llmscale/models/families/`: gpt2 or llama.")
+    num_layers: Int = Field(ge=1, description="Number of Transformer layers.")
+    hidden_size: Int = Field(ge=1, description="Width of the residual stream.")
+    num_attention_heads: Int = Field(ge=1, description="Number of query heads.")
+    num_query_groups: Int | None = Field(
+        None, ge=1, description="Number of key/value heads (GQA); the number of heads when null."
+    )
+    head_dim: Int | None = Field(
+        None, ge=1, description="Size of one head; hidden_size / num_attention_heads when null."
+    )
+    ffn_hidden_size: Int | None = Field(
+        None, ge=1, description="Width of the MLP; when null 4 × hidden_size, or for SwiGLU 8/3 × hidden_size rounded up to 256."
+    )
+    vocab_size: Int | None = Field(
+        None, ge=2, description="Number of token ids; the data's tokenizer decides when null. Padded inside, never seen in the loss."
+    )
+    max_position_embeddings: Int = Field(2048, ge=1, description="Longest sequence that the model is made for.")
+    tie_embeddings: bool | None = Field(
+        None, description="Share the embedding with the output layer; the family decides when null."
+    )
+    dropout: Float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on embeddings, attention and residuals.")
+    norm_eps: Float = Field(1e-5, gt=0.0, description="Epsilon of the norms.")
+    rope_theta: Float = Field(10000.0, gt=0.0, description="Base of the rotary position embedding.")
+    init_std: Float = Field(
+        0.02, gt=0.0, description="Standard deviation of initial weights; residual outputs get it divided by sqrt(2 × num_layers)."
+    )
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups if self.num_query_groups is not None else self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Size of one head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+
+class DataSource(Section):
+    """One folder of shards."""
+
+    path: str = Field(min_length=1, description="Folder that `llmscale data build` wrote.")
+    weight: Float = Field(1.0, gt=0.0, description="Share of the sequences, relative to the other sources.")
+
+
+class Data(Section):
+    """What the model reads."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1, description="Training sources.")
+    validation: tuple[DataSource, ...] = Field((), description="Validation sources.")
+    tokenizer: str | None = Field(
+        None, description="Path of a tokenizer.json; the one beside the first training source when null."
+    )
+    sequence_length: Int = Field(ge=1, description="Tokens of one sequence that the model sees.")
+    mask_documents: bool = Field(False, description="Keep attention inside a document. Not built yet: must be false.")
+
+
+class Parallel(Section):
+    """How the model is cut; data parallelism takes the ranks that are left."""
+
+    tensor: Int = Field(1, ge=1, description="Tensor-parallel size.")
+    sequence_parallel: bool = Field(
+        False, description="Cut norms and dropout along the sequence inside the tensor-parallel group."
+    )
+    pipeline: Int = Field(1, ge=1, description="Number of pipeline stages.")
+    virtual_pipeline: Int = Field(
+        1, ge=1, description="Model chunks a pipeline rank holds: above 1 the schedule is the interleaved one."
+    )
+    stage_layers: tuple[Annotated[int, BeforeValidator(_no_bool), Field(ge=0)], ...] | None = Field(
+        None,
+        description="Layers of each virtual stage in the order of the model (pipeline × virtual_pipeline numbers); as even as possible when null.",
+    )
+    context: Int = Field(1, ge=1, description="Context-parallel size. Not built yet: must be 1.")
+    expert: Int = Field(1, ge=1, description="Expert-parallel size. Not built yet: must be 1.")
+
+
+class Training(Section):
+    """The loop."""
+
+    steps: Int = Field(ge=0, description="Optimizer steps of the whole run; 0 writes the initial weights and stops.")
+    global_batch_size: Int = Field(ge=1, description="Sequences of one optimizer step, over all ranks.")
+    micro_batch_size: Int = Field(1, ge=1, description="Sequences of one forward pass of one rank.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: bf16 compute copy, fp32 master weights, fp32 gradient accumulation. fp32: all in fp32."
+    )
+    gradient_clipping: Float = Field(
+        1.0, ge=0.0, description="Largest global norm of the gradient (L2 over all ranks); 0 does not clip."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Recompute nothing, the core attention, or whole layers in the backward pass."
+    )
+    validation_interval: Int = Field(0, ge=0, description="Validate every so many steps and at the end; 0 never.")
+    validation_batches: Int = Field(8, ge=1, description="Global batches of one validation.")
+    peak_tflops: Float | None = Field(
+        None, gt=0.0, description="Dense peak of one device in TFLOP/s for the MFU; from the device's name when null."
+    )
+
+
+class Optimizer(Section):
+    """The optimizer. Weight decay skips norms and biases."""
+
+    name: Literal["adamw", "adam", "sgd", "lion"] = Field(
+        "adamw", description="adamw; adam (L2 in place of decoupled decay); sgd with momentum betas[0]; lion."
+    )
+    lr: Float = Field(3e-4, gt=0.0, description="Peak learning rate.")
+    betas: tuple[
+        Annotated[float, BeforeValidator(_no_bool), Field(ge=0.0, lt=1.0)],
+        Annotated[float, BeforeValidator(_no_bool), Field(ge=0.0, lt=1.0)],
+    ] = Field((0.9, 0.95), description="Decay of the first and second moments.")
+    eps: Float = Field(1e-8, gt=0.0, description="Epsilon of Adam's denominator.")
+    weight_decay: Float = Field(0.1, ge=0.0, description="Weight decay of matrices and embeddings.")
+
+
+class Schedule(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_steps: Int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    min_lr_ratio: Float = Field(0.1, ge=0.0, le=1.0, description="Last learning rate / peak.")
+    decay_ratio: Float = Field(0.1, ge=0.0, le=1.0, description="Share of the steps in which wsd decays.")
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    interval: Int = Field(0, ge=0, description="Save every so many steps, and at the end; 0 saves nothing.")
+    keep: Int = Field(0, ge=0, description="Keep this many of the newest checkpoints; 0 keeps all.")
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: from the newest whole checkpoint of the run directory, if any; never; or a checkpoint's path.",
+    )
+
+
+class Logging(Section):
+    """Where the figures go besides metrics.jsonl."""
+
+    interval: Int = Field(1, ge=1, description="Write metrics every so many steps.")
+    tensorboard: bool = Field(True, description="Write OUTPUT_DIR/tensorboard/.")
+    wandb: str | None = Field(None, description="Weights & Biases project; needs the package `wandb`. WANDB_MODE=offline works.")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: Run = Field(default_factory=Run)  # type: ignore[arg-type]
+    model: Model
+    data: Data
+    parallel: Parallel = Field(default_factory=Parallel)  # type: ignore[arg-type]
+    training: Training
+    optimizer: Optimizer = Field(default_factory=Optimizer)  # type: ignore[arg-type]
+    schedule: Schedule = Field(default_factory=Schedule)  # type: ignore[arg-type]
+    deepspeed: str = Field(
+        "zero1.json", min_length=1,
+        description="DeepSpeed JSON: beside the config, in the working folder, or a packaged one.",
+    )
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)  # type: ignore[arg-type]
+    logging: Logging = Field(default_factory=Logging)  # type: ignore[arg-type]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, dict | RunConfig):
+            raise ValueError("a mapping of sections is wanted")
+        return value

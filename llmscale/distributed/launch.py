@@ -1,0 +1,172 @@
+"""Who am I: rank, world size and rendezvous, from whatever started this process. The one reader of the environment.
+
+torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_*, one task
+a device; without a launcher the process is a world of its own, and picks a free port.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from llmscale.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait: longer than the slowest rank's start-up, data read or checkpoint write."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all of them. launcher: torchrun (or DeepSpeed's), srun or single."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_address: str
+    master_port: int
+    launcher: str
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
+        """Read the launcher's variables.
+
+        Raises:
+            UsageError: they are incomplete or contradict each other.
+        """
+        env = os.environ if environment is None else environment
+        if "RANK" in env or "WORLD_SIZE" in env:
+            return cls._from_torchrun(env)
+        if "SLURM_PROCID" in env and _integer(env, "SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in env:
+            return cls._from_srun(env)
+        return cls(0, 1, 0, 1, "127.0.0.1", 0, "single")
+
+    @classmethod
+    def _from_torchrun(cls, env: Mapping[str, str]) -> Launch:
+        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in env]
+        if missing:
+            raise UsageError(
+                f"environment: RANK or WORLD_SIZE is set, but {', '.join(missing)} is not; "
+                "start with torchrun, srun or the deepspeed launcher, or unset RANK and WORLD_SIZE to run one process"
+            )
+        launch = cls(
+            rank=_integer(env, "RANK"),
+            world_size=_integer(env, "WORLD_SIZE"),
+            local_rank=_integer(env, "LOCAL_RANK", 0),
+            local_world_size=_integer(env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", 1)),
+            master_address=env["MASTER_ADDR"],
+            master_port=_integer(env, "MASTER_PORT"),
+            launcher="torchrun",
+        )
+        return launch._checked()
+
+    @classmethod
+    def _from_srun(cls, env: Mapping[str, str]) -> Launch:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+        address = env.get("MASTER_ADDR") or (first_host(nodes) if nodes else "")
+        if not address:
+            raise UsageError("environment: srun set no SLURM_JOB_NODELIST; set MASTER_ADDR to the first node's name")
+        job, step = _integer(env, "SLURM_JOB_ID", 0), _integer(env, "SLURM_STEP_ID", 0)
+        tasks_per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))
+        launch = cls(
+            rank=_integer(env, "SLURM_PROCID"),
+            world_size=_integer(env, "SLURM_NTASKS"),
+            local_rank=_integer(env, "SLURM_LOCALID", 0),
+            local_world_size=int(tasks_per_node.group()) if tasks_per_node else 1,
+            master_address=address,
+            # From the job and step, so that two jobs on one node, or two steps of one job, do not meet.
+            master_port=_integer(env, "MASTER_PORT", 20000 + (job * 31 + step) % 12000),
+            launcher="srun",
+        )
+        return launch._checked()
+
+    def _checked(self) -> Launch:
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"environment: rank {self.rank} is not below the number of ranks, {self.world_size}")
+        return self
+
+    def export(self, environment: MutableMapping[str, str] | None = None) -> None:
+        """Write the variables that torch and DeepSpeed read, so that neither goes looking for MPI."""
+        env = os.environ if environment is None else environment
+        port = self.master_port or _free_port()
+        env.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.local_rank),
+            LOCAL_WORLD_SIZE=str(self.local_world_size),
+            MASTER_ADDR=self.master_address,
+            MASTER_PORT=str(port),
+        )
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodes.strip())
+    if match is None:
+        return ""
+    prefix, inside, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", inside)[0] if inside else "") + suffix
+
+
+def device_of(launch: Launch) -> torch.device:
+    """This rank's device: its own GPU, or the CPU.
+
+    Raises:
+        UsageError: more ranks on this node than GPUs.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # srun with --gpus-per-task shows each task its own GPU only.
+    index = 0 if count == 1 and launch.local_world_size > 1 and launch.launcher == "srun" else launch.local_rank
+    if index >= count:
+        raise UsageError(f"local rank {launch.local_rank} has no GPU: this node shows {count}; start one rank a GPU")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(launch: Launch, device: torch.device) -> None:
+    """Form the world's process group: nccl on GPUs (gloo for what stays on the CPU), gloo on CPUs."""
+    import torch.distributed as dist
+
+    launch.export()
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def stop() -> None:
+    """Leave the world's process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = env.get(name)
+    if value is None and default is not None:
+        return default
+    try:
+        return int(value or "")
+    except ValueError:
+        raise UsageError(f"environment: {name}={value!r} is not a whole number") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

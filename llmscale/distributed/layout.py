@@ -1,0 +1,316 @@
+"""Sizes of a parallel layout, where each rank stands in it, and the table of what can be combined. No torch.
+
+A rule is a row of RULES: the key it is about, what is wrong when it is broken, and the nearest right value. Errors quote
+the table, `docs/layouts.md` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from llmscale.config.derive import stage_layers
+from llmscale.config.schema import Data, Model, Parallel, RunConfig, Training
+from llmscale.errors import Problem
+from llmscale.models.family import Family, families
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands: its rank in each of its groups."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions. Ranks count tensor first, then data, then pipeline (Megatron's order)."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    sequence_parallel: bool
+    layers: tuple[int, ...]
+    """Layers of each virtual stage, in the order of the model."""
+    zero_stage: int
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int, zero_stage: int) -> Layout:
+        """The layout of a config that `problems` found nothing wrong with."""
+        parallel = config.parallel
+        return cls(
+            world_size=world_size,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+            sequence_parallel=parallel.sequence_parallel,
+            layers=parallel.stage_layers
+            or stage_layers(config.model.num_layers, parallel.pipeline * parallel.virtual_pipeline),
+            zero_stage=zero_stage,
+        )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // (self.tensor * self.pipeline)
+
+    def position(self, rank: int) -> Position:
+        """Where a rank stands."""
+        return Position(
+            tensor=rank % self.tensor,
+            data=rank // self.tensor % self.data,
+            pipeline=rank // (self.tensor * self.data),
+        )
+
+    def chunk_layers(self, pipeline_rank: int) -> tuple[range, ...]:
+        """The global layers (0-based) of each model chunk of a pipeline rank; chunk c is virtual stage c × pipeline + rank."""
+        starts = [sum(self.layers[:stage]) for stage in range(len(self.layers))]
+        stages = range(pipeline_rank, len(self.layers), self.pipeline)
+        return tuple(range(starts[stage], starts[stage] + self.layers[stage]) for stage in stages)
+
+    def micro_batches(self, training: Training) -> int:
+        """Micro-batches of one step on each data-parallel rank."""
+        return training.global_batch_size // (training.micro_batch_size * self.data)
+
+    def __str__(self) -> str:
+        parts = [f"tensor {self.tensor}" + (" with sequence parallelism" if self.sequence_parallel else "")]
+        interleaved = f" × {self.virtual_pipeline} virtual" if self.virtual_pipeline > 1 else ""
+        parts += [f"pipeline {self.pipeline}{interleaved}", f"data {self.data}"]
+        return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at. world_size is None where it is not known yet (a login node)."""
+
+    model: Model
+    data: Data
+    parallel: Parallel
+    training: Training
+    family: Family
+    zero_stage: int
+    world_size: int | None
+
+    @property
+    def model_parallel(self) -> int:
+        return self.parallel.tensor * self.parallel.pipeline
+
+    @property
+    def stages(self) -> int:
+        return self.parallel.pipeline * self.parallel.virtual_pipeline
+
+    @property
+    def data_parallel(self) -> int | None:
+        if self.world_size is None or self.world_size % self.model_parallel:
+            return None
+        return self.world_size // self.model_parallel
+
+    @property
+    def ffn(self) -> int:
+        return self.family.ffn_hidden_size(self.model)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: broken says whether the facts break it; reason and fix are filled in from the facts."""
+
+    key: str
+    requires: str
+    """The rule in words, for the docs."""
+    broken: Callable[[Facts], bool]
+    reason: Callable[[Facts], str]
+    fix: Callable[[Facts], str]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _nearest(values: Iterable[int], wanted: int) -> str:
+    """The values on both sides of what was asked for: "2 or 4"."""
+    values = sorted(set(values))
+    below = [v for v in values if v <= wanted][-1:]
+    above = [v for v in values if v > wanted][:1]
+    return " or ".join(str(v) for v in below + above)
+
+
+def _nearest_multiple(of: int, wanted: int) -> str:
+    return _nearest((wanted // of * of or of, (wanted // of + 1) * of), wanted)
+
+
+def _legal_tensor(f: Facts) -> str:
+    sizes = set(_divisors(f.model.num_attention_heads)) & set(_divisors(f.model.query_groups)) & set(_divisors(f.ffn))
+    if f.world_size is not None:
+        sizes &= set(_divisors(f.world_size))
+    return f"use {_nearest(sizes, f.parallel.tensor)}"
+
+
+def _micro_batches(f: Facts) -> int | None:
+    per_pass = f.training.micro_batch_size * (f.data_parallel or 0)
+    if not per_pass or f.training.global_batch_size % per_pass:
+        return None
+    return f.training.global_batch_size // per_pass
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "model.num_attention_heads",
+        "divides hidden_size, where head_dim is null",
+        lambda f: f.model.head_dim is None and f.model.hidden_size % f.model.num_attention_heads > 0,
+        lambda f: f"{f.model.num_attention_heads} heads do not divide hidden_size {f.model.hidden_size}",
+        lambda f: f"use {_nearest(_divisors(f.model.hidden_size), f.model.num_attention_heads)}, or set model.head_dim",
+    ),
+    Rule(
+        "model.num_query_groups",
+        "divides num_attention_heads",
+        lambda f: f.model.num_attention_heads % f.model.query_groups > 0,
+        lambda f: f"{f.model.query_groups} groups do not divide {f.model.num_attention_heads} heads",
+        lambda f: f"use {_nearest(_divisors(f.model.num_attention_heads), f.model.query_groups)}",
+    ),
+    Rule(
+        "model.head_dim",
+        "is even with rotary positions, which turn pairs of numbers",
+        lambda f: f.family.positions == "rope" and f.model.head_size % 2 > 0,
+        lambda f: f"rotary positions turn pairs: a head of {f.model.head_size} is odd",
+        lambda f: f"use {_nearest_multiple(2, f.model.head_size)}",
+    ),
+    Rule(
+        "data.sequence_length",
+        "is at most model.max_position_embeddings",
+        lambda f: f.data.sequence_length > f.model.max_position_embeddings,
+        lambda f: f"{f.data.sequence_length} is longer than model.max_position_embeddings {f.model.max_position_embeddings}",
+        lambda f: f"use at most {f.model.max_position_embeddings}, or raise model.max_position_embeddings",
+    ),
+    Rule(
+        "data.mask_documents",
+        "is false: document masks are not built yet",
+        lambda f: f.data.mask_documents,
+        lambda f: "document masks are not built yet",
+        lambda f: "use false",
+    ),
+    Rule(
+        "parallel.context",
+        "is 1: context parallelism is not built yet",
+        lambda f: f.parallel.context > 1,
+        lambda f: "context parallelism is not built yet",
+        lambda f: "use 1",
+    ),
+    Rule(
+        "parallel.expert",
+        "is 1: there are no mixture-of-experts families yet",
+        lambda f: f.parallel.expert > 1,
+        lambda f: "there are no mixture-of-experts families yet",
+        lambda f: "use 1",
+    ),
+    Rule(
+        "parallel.tensor",
+        "divides num_attention_heads: a head is not cut",
+        lambda f: f.model.num_attention_heads % f.parallel.tensor > 0,
+        lambda f: f"{f.model.num_attention_heads} attention heads cannot be shared by {f.parallel.tensor} ranks",
+        _legal_tensor,
+    ),
+    Rule(
+        "parallel.tensor",
+        "divides num_query_groups: a key/value head is not copied",
+        lambda f: f.model.query_groups % f.parallel.tensor > 0 and f.model.num_attention_heads % f.parallel.tensor == 0,
+        lambda f: f"{f.model.query_groups} query groups cannot be shared by {f.parallel.tensor} ranks",
+        _legal_tensor,
+    ),
+    Rule(
+        "parallel.tensor",
+        "divides ffn_hidden_size",
+        lambda f: f.ffn % f.parallel.tensor > 0,
+        lambda f: f"ffn_hidden_size {f.ffn} cannot be shared by {f.parallel.tensor} ranks",
+        _legal_tensor,
+    ),
+    Rule(
+        "parallel.tensor",
+        "times parallel.pipeline divides the number of ranks; data parallelism is what is left",
+        lambda f: f.world_size is not None and f.world_size % f.model_parallel > 0,
+        lambda f: f"tensor {f.parallel.tensor} × pipeline {f.parallel.pipeline} = {f.model_parallel} "
+        f"does not divide {f.world_size} rank(s)",
+        lambda f: f"start a multiple of {f.model_parallel} ranks ({_nearest_multiple(f.model_parallel, f.world_size or 1)}), "
+        f"or use a product of {_nearest(_divisors(f.world_size or 1), f.model_parallel)}",
+    ),
+    Rule(
+        "parallel.sequence_parallel",
+        "needs parallel.tensor above 1: it cuts the sequence over the tensor-parallel group",
+        lambda f: f.parallel.sequence_parallel and f.parallel.tensor == 1,
+        lambda f: "it cuts the sequence over the tensor-parallel group, which has one rank",
+        lambda f: "use false, or set parallel.tensor to 2 or more",
+    ),
+    Rule(
+        "data.sequence_length",
+        "is a multiple of parallel.tensor under sequence parallelism",
+        lambda f: f.parallel.sequence_parallel and f.data.sequence_length % f.parallel.tensor > 0,
+        lambda f: f"sequence parallelism cannot cut {f.data.sequence_length} tokens into {f.parallel.tensor} equal parts",
+        lambda f: f"use {_nearest_multiple(f.parallel.tensor, f.data.sequence_length)}",
+    ),
+    Rule(
+        "parallel.virtual_pipeline",
+        "needs parallel.pipeline above 1: it interleaves the stages of a pipeline",
+        lambda f: f.parallel.virtual_pipeline > 1 and f.parallel.pipeline == 1,
+        lambda f: "it interleaves the stages of a pipeline, and there is one stage",
+        lambda f: "use 1, or set parallel.pipeline to 2 or more",
+    ),
+    Rule(
+        "parallel.pipeline",
+        "times parallel.virtual_pipeline is at most num_layers: every stage holds a layer (stage_layers may say otherwise)",
+        lambda f: f.parallel.stage_layers is None and f.model.num_layers < f.stages,
+        lambda f: f"{f.model.num_layers} layers do not fill {f.stages} stages "
+        f"(pipeline {f.parallel.pipeline} × virtual_pipeline {f.parallel.virtual_pipeline})",
+        lambda f: f"use at most {f.model.num_layers} stages, or at least {f.stages} layers",
+    ),
+    Rule(
+        "parallel.stage_layers",
+        "has one number for each of the pipeline × virtual_pipeline stages",
+        lambda f: f.parallel.stage_layers is not None and len(f.parallel.stage_layers) != f.stages,
+        lambda f: f"{len(f.parallel.stage_layers or ())} numbers for {f.stages} stages",
+        lambda f: f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}",
+    ),
+    Rule(
+        "parallel.stage_layers",
+        "adds up to num_layers",
+        lambda f: f.parallel.stage_layers is not None
+        and len(f.parallel.stage_layers) == f.stages
+        and sum(f.parallel.stage_layers) != f.model.num_layers,
+        lambda f: f"they add up to {sum(f.parallel.stage_layers or ())}, model.num_layers is {f.model.num_layers}",
+        lambda f: f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}",
+    ),
+    Rule(
+        "training.global_batch_size",
+        "is a multiple of micro_batch_size × data-parallel size",
+        lambda f: f.data_parallel is not None
+        and f.training.global_batch_size % (f.training.micro_batch_size * f.data_parallel) > 0,
+        lambda f: f"{f.training.global_batch_size} is not a multiple of micro_batch_size {f.training.micro_batch_size} "
+        f"× {f.data_parallel} data-parallel rank(s)",
+        lambda f: "use "
+        + _nearest_multiple(f.training.micro_batch_size * (f.data_parallel or 1), f.training.global_batch_size),
+    ),
+    Rule(
+        "training.global_batch_size",
+        "gives every data-parallel rank a multiple of parallel.pipeline micro-batches, with virtual_pipeline above 1",
+        lambda f: f.parallel.virtual_pipeline > 1 and (_micro_batches(f) or 0) % f.parallel.pipeline > 0,
+        lambda f: f"the interleaved schedule takes micro-batches in rounds of {f.parallel.pipeline} (the stages), "
+        f"and there are {_micro_batches(f)}",
+        lambda f: "use "
+        + _nearest_multiple(
+            f.training.micro_batch_size * (f.data_parallel or 1) * f.parallel.pipeline, f.training.global_batch_size
+        ),
+    ),
+)
+
+
+def problems(
+    model: Model, data: Data, parallel: Parallel, training: Training, zero_stage: int, world_size: int | None
+) -> list[Problem]:
+    """All rules that are broken. world_size None leaves out the rules that need it."""
+    family = families().get(model.family)
+    if family is None:
+        known = ", ".join(sorted(families()))
+        return [Problem("model.family", f"no family {model.family!r}", f"use one of {known}")]
+    facts = Facts(model, data, parallel, training, family, zero_stage, world_size)
+    return [Problem(rule.key, rule.reason(facts), rule.fix(facts)) for rule in RULES if rule.broken(facts)]

@@ -1,0 +1,64 @@
+"""The exceptions that llmscale raises on purpose.
+
+    LlmscaleError           exit code 1: a failure while running
+    ├── UsageError          exit code 2: the user asked for something that cannot be
+    │   └── ConfigError     every problem found in a run's config, at once
+    ├── DataError           shards, tokenizers, indexes
+    ├── CheckpointError     a checkpoint that is missing, broken or does not fit
+    └── TrainingError       the run itself: a loss that is not finite, a rank that is lost
+
+Each message says what is wrong, where, and what would be right; the command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class LlmscaleError(Exception):
+    """Base of all errors that llmscale raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(LlmscaleError):
+    """The user asked for something that cannot be; nothing was started."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a config.
+
+    where: the key, dotted (``parallel.tensor``); reason: what is wrong; fix: the nearest right value.
+    """
+
+    where: str
+    reason: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f"; {self.fix}" if self.fix else "")
+
+
+class ConfigError(UsageError):
+    """All problems of one config file."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
+
+
+class DataError(LlmscaleError):
+    """Something is wrong with shards, an index or a tokenizer."""
+
+
+class CheckpointError(LlmscaleError):
+    """A checkpoint is missing, broken, or does not fit this run."""
+
+
+class TrainingError(LlmscaleError):
+    """The run cannot go on."""
