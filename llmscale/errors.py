@@ -20,12 +20,17 @@ class LlmscaleError(Exception):
     """Base of all errors that llmscale raises on purpose."""
 
     exit_code = 1
+    everywhere = False
+    """Whether all ranks of a run raise it together, so that one of them may speak for all."""
+    quiet = False
+    """Set where another rank says it."""
 
 
 class UsageError(LlmscaleError):
     """The user asked for something that cannot be; nothing was started."""
 
     exit_code = 2
+    everywhere = True
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,16 @@ class ConfigError(UsageError):
 class DataError(LlmscaleError):
     """Something is wrong with shards, an index or a tokenizer."""
 
+    everywhere = False
+
 
 class CheckpointError(LlmscaleError):
     """A checkpoint is missing, broken, or does not fit this run."""
 
+    everywhere = True
+
 
 class TrainingError(LlmscaleError):
     """The run cannot go on."""
+
+    everywhere = True

@@ -142,12 +142,14 @@ class Stage(MegatronModule):
 
 
 def build_stages(
-    model: Model, family: Family, training: Training, vocab_size: int, groups: Groups, seed: int
+    model: Model, family: Family, training: Training, groups: Groups, seed: int
 ) -> list[Stage]:
-    """This rank's stages (one, or virtual_pipeline chunks), with their initial weights."""
+    """This rank's stages (one, or virtual_pipeline chunks), with their initial weights. model.vocab_size must be set."""
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is null: it must be settled from the data before the model is built")
     config = transformer_config(model, family, training, groups.layout)
     stages = [
-        Stage(config, model, family, vocab_size, groups, layers, chunk)
+        Stage(config, model, family, model.vocab_size, groups, layers, chunk)
         for chunk, layers in enumerate(groups.layout.chunk_layers(groups.position.pipeline))
     ]
     for stage in stages:

@@ -43,7 +43,7 @@ class Zero:
         self.kinds = list(kinds)
         self.is_bf16 = hasattr(optimizer, "fp32_groups_gradient_flat_partition")
         self.is_stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        self.offloads = bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+        self.offloads = bool(getattr(optimizer, "cpu_offload", False))
         self._silence_norm()
 
     def _silence_norm(self) -> None:
@@ -57,14 +57,18 @@ class Zero:
             self.optimizer.scaled_global_norm = lambda norm_type=2: nothing
 
     def before_step(self, complete: Callable[[list[GradientBuffers]], None]) -> None:
-        """Have `complete` called with the reduced gradients before each optimizer step."""
-        step = self.optimizer.step
+        """Have `complete` called with the reduced gradients before each optimizer step.
 
-        def completed_step(*args: Any, **kwargs: Any) -> Any:
+        Stage 3 with offload copies its gradients away at the accumulation boundary, so there it must come before that.
+        """
+        name = "finalize_gradient_accumulation_boundary" if self.is_stage3 else "step"
+        then = getattr(self.optimizer, name)
+
+        def completed(*args: Any, **kwargs: Any) -> Any:
             complete(list(self._buffers()))
-            return step(*args, **kwargs)
+            return then(*args, **kwargs)
 
-        self.optimizer.step = completed_step
+        setattr(self.optimizer, name, completed)
 
     def _buffers(self) -> Iterator[GradientBuffers]:
         optimizer = self.optimizer
@@ -81,16 +85,18 @@ class Zero:
                 yield GradientBuffers(kind, list(reduced) if flat is None else [flat])
 
     def _stage3_gradients(self, group: int) -> list[torch.Tensor]:
-        optimizer = self.optimizer
-        sub_groups = [i for i, owner in optimizer.sub_group_to_group_id.items() if owner == group]
-        if self.offloads:
-            return [optimizer.fp32_partitioned_groups_flat[i].grad for i in sorted(sub_groups)]
-        return [tensor for i in sorted(sub_groups) for tensor in optimizer.averaged_gradients[i]]
+        optimizer, partitions = self.optimizer, self._stage3_partitions()
+        sub_groups = sorted(i for i, owner in optimizer.sub_group_to_group_id.items() if owner == group)
+        return [partitions[parameter.ds_id] for i in sub_groups for parameter in optimizer.fp16_groups[i]]
+
+    def _stage3_partitions(self) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        return found
 
     def end_step(self) -> None:
         """Clear what stage 3 would add to: with several model chunks only the first one's gradients would be replaced."""
         if self.is_stage3:
-            for buffer in self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
+            for buffer in self._stage3_partitions().values():
                 buffer.zero_()
             self.optimizer.micro_step_id = 1
 

@@ -1,0 +1,88 @@
+"""`llmscale checkpoint`: what checkpoints a run has, and what is in one. Reads no tensors but in `verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmscale.errors import CheckpointError
+
+
+@click.group(epilog="Example: llmscale checkpoint list runs/demo")
+def command() -> None:
+    """List, inspect and verify checkpoints."""
+
+
+def _folder(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+@command.command("list", epilog="Example: llmscale checkpoint list runs/demo --json")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def list_command(run: Path, as_json: bool) -> None:
+    """List the checkpoints of RUN, a run directory, oldest first."""
+    from llmscale.checkpoint.format import Checkpoint
+    from llmscale.checkpoint.retention import checkpoints
+
+    rows: list[dict[str, Any]] = []
+    for path in checkpoints(_folder(run)):
+        try:
+            found = Checkpoint(path)
+            size = sum(found.manifest["files"].values())
+            rows.append({"path": str(path), "step": found.step, "tokens": found.manifest["tokens"], "bytes": size})
+        except CheckpointError as error:
+            rows.append({"path": str(path), "broken": str(error)})
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        whole = f"step {row['step']:>8}  {row['tokens']:>15,} tokens  {row['bytes'] / 2**20:>10.1f} MiB" if "step" in row else ""
+        click.echo(f"{row['path']}  {whole or 'BROKEN: ' + row['broken']}")
+    if not rows:
+        click.echo(f"no checkpoints in {_folder(run)}", err=True)
+
+
+@command.command(epilog="Example: llmscale checkpoint inspect runs/demo/checkpoints/step_00000100")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(checkpoint: Path, as_json: bool) -> None:
+    """Show what CHECKPOINT is: step, tokens, layout, versions, and its weights by global name."""
+    from llmscale.checkpoint.retention import find
+
+    found = find(str(checkpoint), checkpoint)
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: no checkpoint")
+    about = {key: found.manifest[key] for key in ("step", "tokens", "layout", "versions", "states")}
+    weights = {name: list(weight.shape) for name, weight in found.weights.items()}
+    parameters = sum(weight.numel for weight in found.weights.values())
+    if as_json:
+        click.echo(json.dumps({"path": str(found.path), **about, "parameters": parameters, "weights": weights}))
+        return
+    click.echo(found.path)
+    click.echo(f"parameters: {parameters:,}")
+    for key, value in about.items():
+        click.echo(f"{key}: {value}")
+    for name, shape in weights.items():
+        click.echo(f"  {name} {shape}")
+
+
+@command.command(epilog="Example: llmscale checkpoint verify runs/demo/checkpoints/step_00000100")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+def verify(checkpoint: Path) -> None:
+    """Read all of CHECKPOINT and check that every weight and state is there, whole and finite; exit 1 if not."""
+    import torch
+
+    from llmscale.checkpoint.retention import find
+
+    found = find(str(checkpoint), checkpoint)
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: no checkpoint")
+    for name in found.weights:
+        for state in found.states:
+            if not torch.isfinite(found.whole(name, state)).all():
+                raise CheckpointError(f"{found.path}: {name}: {state} holds numbers that are not finite; use an older one")
+    click.echo(f"{found.path}: whole, {len(found.weights)} weights, states {', '.join(found.states)}")

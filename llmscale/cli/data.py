@@ -1,0 +1,341 @@
+"""`llmscale data`: tokenizer, build, inspect, verify. Thin: read the options, call `llmscale.data`, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmscale.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from llmscale.data.build import Progress, Summary
+
+_LINE_SECONDS = 10.0
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes, such as 256M."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", str(value).strip(), re.IGNORECASE)
+        if not match or not (size := int(match[1]) * _UNITS[match[2].upper()]):
+            self.fail(f"{value!r} is not a size; write 512K, 256M or 1G", param, ctx)
+        return size
+
+
+_inputs = click.option(
+    "--input", "inputs", multiple=True, required=True, metavar="PATH", help="File, folder or quoted glob; repeatable."
+)
+_more = click.argument("more", nargs=-1, metavar="[PATH]...")
+_suffixes = click.option(
+    "--suffix", "suffixes", multiple=True, metavar=".EXT", help="Take only these files from folders; repeatable."
+)
+_text_key = click.option("--text-key", default="text", show_default=True, help="Key of the text in .jsonl lines.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def command() -> None:
+    """Train a tokenizer, build token shards, look into them, check them."""
+
+
+@command.command("tokenizer")
+@_inputs
+@_more
+@_suffixes
+@_text_key
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), required=True, help="Number of token ids, special ones included."
+)
+@click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")
+@_json
+def train_tokenizer(
+    inputs: Sequence[str],
+    more: Sequence[str],
+    suffixes: Sequence[str],
+    text_key: str,
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Train a byte-level BPE tokenizer on text.
+
+    The end-of-document token <|endoftext|> is always in it, as id 0. The same input gives the same tokenizer.
+
+    \b
+    Example:
+      llmscale data tokenizer --input corpus/ --suffix .txt --vocab-size 32768 --output tok.json
+    """
+    from llmscale.data import documents, tokenizer
+    from llmscale.data.build import Progress
+
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name a file such as {output / 'tokenizer.json'}")
+    reader = documents.Reader(documents.find((*inputs, *more), suffixes))
+    progress = Progress(reader.total_bytes)
+
+    def texts(report: Callable[[Progress], None]) -> Iterator[str]:
+        for part in reader:
+            for piece in documents.pieces(part, text_key):
+                progress.bytes_read = reader.bytes_read
+                progress.documents += piece.last
+                report(progress)
+                yield piece.text
+
+    specials = (tokenizer.END_OF_DOCUMENT, *special_tokens)
+    with _display("training") as report:
+        text = tokenizer.train(texts(report), vocab_size, specials)
+    tokenizer.write(text, output)
+    result = {
+        "output": str(output),
+        "vocab_size": vocab_size,
+        "special_tokens": list(dict.fromkeys(specials)),
+        "documents": progress.documents,
+        "bytes": reader.total_bytes,
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(
+            f"{output}: {vocab_size:,} tokens, from {progress.documents:,} documents of {_bytes(reader.total_bytes)}"
+        )
+
+
+@command.command("build")
+@_inputs
+@_more
+@_suffixes
+@_text_key
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="tokenizer.json to use.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Folder to make; holds train/ and validation/."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that tokenise; one a CPU when not given.")
+@click.option(
+    "--validation-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
+    help="Share of the documents, by their hash, that goes to validation/; 0 for none.",
+)  # fmt: skip
+@click.option("--shard-size", type=_Size(), default="256M", show_default=True, help="Bytes of tokens in a shard.")
+@click.option(
+    "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the dataset that --output holds.")
+@_json
+def build(
+    inputs: Sequence[str],
+    more: Sequence[str],
+    suffixes: Sequence[str],
+    text_key: str,
+    tokenizer: Path,
+    output: Path,
+    workers: int | None,
+    validation_fraction: float,
+    shard_size: int,
+    end_of_document: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Turn text into token shards that `llmscale pretrain` streams.
+
+    Reads text files of any kind (a file is a document) and .jsonl and .jsonl.gz (a line is a document). The result is
+    the same, byte for byte, for any number of workers. Empty documents and binary files are left out, bytes that are
+    not UTF-8 are replaced; all are counted.
+
+    \b
+    Example:
+      llmscale data build --input corpus/ --suffix .txt --tokenizer tok.json --output data/corpus
+    """
+    from llmscale.data.build import build as run
+
+    with _display("tokenising") as report:
+        summary = run(
+            (*inputs, *more),
+            tokenizer,
+            output,
+            workers=workers or _cpus(),
+            validation_fraction=validation_fraction,
+            shard_bytes=shard_size,
+            suffixes=suffixes,
+            text_key=text_key,
+            end_of_document=end_of_document,
+            overwrite=overwrite,
+            report=report,
+        )
+    click.echo(json.dumps(_summary(summary)) if as_json else "\n".join(_summary_lines(summary)))
+
+
+@command.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
+)
+@_json
+def inspect(folder: Path, documents: int, as_json: bool) -> None:
+    """Show totals, document lengths and some documents of a dataset.
+
+    \b
+    Example:
+      llmscale data inspect data/corpus
+    """
+    from llmscale.data.inspect import describe, histogram
+
+    found = describe(folder, documents)
+    if as_json:
+        rows = [{"folder": str(one.folder), **one.card.model_dump(), "examples": one.documents} for one in found]
+        click.echo(json.dumps(rows))
+        return
+    for one in found:
+        card = one.card
+        mean = card.tokens / card.documents if card.documents else 0
+        click.echo(f"{one.folder}")
+        click.echo(
+            f"  {card.documents:,} documents, {card.tokens:,} tokens ({card.dtype}, vocabulary {card.vocab_size:,})"
+        )
+        click.echo(
+            f"  {card.shards:,} shard(s), {card.samples:,} sample(s) of {card.sample_tokens:,}, {_bytes(card.bytes)}"
+        )
+        click.echo(f"  tokenizer {card.tokenizer_sha256[:16]}, end of document {card.end_of_document}")
+        click.echo(
+            f"  tokens a document: {card.shortest_document:,} to {card.longest_document:,}, {mean:,.1f} on average"
+        )
+        for line in histogram(card):
+            click.echo(f"    {line}")
+        for number, text in enumerate(one.documents, 1):
+            click.echo(f"  document {number} of {len(one.documents)}, from its beginning:")
+            click.echo("\n".join(f"    | {line}" for line in text.splitlines()))
+
+
+@command.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json
+@click.pass_context
+def verify(context: click.Context, folder: Path, as_json: bool) -> None:
+    """Check every checksum, offset and token id of a dataset; exit code 1 if something is broken.
+
+    \b
+    Example:
+      llmscale data verify data/corpus
+    """
+    from llmscale.data.build import Progress
+    from llmscale.data.verify import verify as run
+
+    checked = 0
+    with _display("checking") as report:
+
+        def show(done: int, total: int) -> None:
+            nonlocal checked
+            checked = total
+            report(Progress(total, done))
+
+        problems = run(folder, show)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "whole": not problems, "bytes": checked, "problems": problems}))
+        context.exit(1 if problems else 0)
+    if problems:
+        raise DataError("\n".join(problems))
+    click.echo(f"{folder}: whole, {_bytes(checked)} checked")
+
+
+def _cpus() -> int:
+    """The CPUs that this process may use, where the system can say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    result = asdict(summary)
+    result["output"] = str(summary.output)
+    result["splits"] = {name: card.model_dump() for name, card in summary.splits.items()}
+    return result
+
+
+def _summary_lines(summary: Summary) -> Iterator[str]:
+    yield f"{summary.output}: {summary.files:,} file(s) read"
+    for name, card in summary.splits.items():
+        size = f"{card.shards:,} shard(s), {_bytes(card.bytes)}"
+        yield f"  {name}: {card.documents:,} documents, {card.tokens:,} tokens, {size}"
+    if "validation" in summary.splits and not summary.splits["validation"].documents:
+        yield "  no document fell into validation: raise --validation-fraction to have some"
+    if summary.binary_files:
+        yield f"  {summary.binary_files:,} binary file(s) left out: they hold NUL bytes"
+    if summary.empty_documents:
+        yield f"  {summary.empty_documents:,} empty document(s) left out"
+    if summary.replaced_characters:
+        yield f"  {summary.replaced_characters:,} character(s) that are not UTF-8 replaced by U+FFFD"
+
+
+def _bytes(count: int) -> str:
+    """A number of bytes for people: 1.5 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _short(count: float) -> str:
+    """A number for a narrow display: 1.8M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.1f}T"
+
+
+@contextmanager
+def _display(verb: str) -> Iterator[Callable[[Progress], None]]:
+    """A progress bar on standard error; where that is no terminal, a line every ten seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    start = time.monotonic()
+    shown = start
+
+    def figures(progress: Progress) -> str:
+        seconds = max(time.monotonic() - start, 1e-9)
+        counts = (("documents", progress.documents), ("tokens", progress.tokens))
+        parts = [f"{_short(count)} {name} ({_short(count / seconds)}/s)" for name, count in counts if count]
+        return " · ".join(parts)
+
+    def line(progress: Progress) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < _LINE_SECONDS:
+            return
+        shown = now
+        share = progress.bytes_read / max(progress.total_bytes, 1)
+        left = (now - start) * (1 - share) / share if share else 0.0
+        click.echo(f"{verb}: {share:.0%} · {figures(progress)} · {left:,.0f} s left", err=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn(f"{verb} {{task.percentage:.0f}}%"),
+        BarColumn(10),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(verb, total=None, figures="")
+        yield lambda progress: bar.update(
+            task, total=progress.total_bytes, completed=progress.bytes_read, figures=figures(progress)
+        )

@@ -1,0 +1,141 @@
+"""Tokenizers: byte-level BPE is trained here, any tokenizer.json is used.
+
+Byte level, because every byte then has a token: no text is unknown, and decoding gives back the very bytes. The whole
+alphabet of 256 bytes is in the vocabulary, whatever the training text holds. Text that spells a special token
+(`<|endoftext|>` stands in many web pages) is tokenised as plain text, so the id of a document's end means just that.
+`encode` calls encode_batch_fast with one text: the same ids as encode in 0.8 of the time, on one core (measured with
+tokenizers 0.23.3 on 11.8 MB of Python source).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llmscale.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
+
+class Tokenizer:
+    """A tokenizer.json, ready to encode documents."""
+
+    def __init__(self, path: Path, end_of_document: str | None = None) -> None:
+        """end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds."""
+        import tokenizers
+
+        self.path = path
+        try:
+            self.content = path.read_bytes()
+            self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; name a tokenizer.json") from None
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                f"{path}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`"
+            ) from None
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        # Only special tokens: any other might come out of a document's text.
+        special = {
+            token.content: number
+            for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+            if token.special
+        }
+        names = (end_of_document,) if end_of_document else _USUAL_ENDS
+        name = next((name for name in names if name in special), None)
+        if name is None:
+            raise UsageError(
+                f"{path}: no special token {' or '.join(names)} to end documents with; name one with --end-of-document "
+                f"(there are: {', '.join(list(special)[:10]) or 'none'})"
+            )
+        self._end = name
+        self.end_of_document = special[name]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travels to another process as the file's name; read once there."""
+        return _load, (self.path, self._end, self.sha256)
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of the file."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        """The smallest type that holds every id."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def encode(self, text: str) -> npt.NDArray[np.unsignedinteger]:
+        """The ids of a text, nothing added. [tokens], of `dtype`."""
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=self.dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, end_of_document: str, sha256: str) -> Tokenizer:
+    tokenizer = Tokenizer(path, end_of_document)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{path}: has changed meanwhile; start again")
+    return tokenizer
+
+
+def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)) -> str:
+    """Byte-level BPE of exactly vocab_size ids, as the text of a tokenizer.json; the same texts give the same.
+
+    Special tokens get the first ids. Raises DataError when the texts do not hold enough pairs for vocab_size.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    specials = list(dict.fromkeys(special_tokens))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(specials):
+        raise UsageError(
+            f"--vocab-size {vocab_size} does not hold the {len(alphabet)} bytes and {len(specials)} special token(s); "
+            f"use at least {len(alphabet) + len(specials)}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (reached := tokenizer.get_vocab_size(with_added_tokens=True)) < vocab_size:
+        raise DataError(
+            f"--vocab-size {vocab_size} is more than the text gives ({reached} tokens); "
+            f"give more text or use --vocab-size {reached}"
+        )
+    return str(tokenizer.to_str(pretty=True))
+
+
+def write(text: str, path: Path) -> None:
+    """Write a tokenizer.json whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}; name another --output") from None

@@ -1,0 +1,171 @@
+"""Putting a run together: the one place that knows all the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmscale.checkpoint.format import Checkpoint
+from llmscale.checkpoint.retention import find, prune
+from llmscale.checkpoint.save import save
+from llmscale.config.deepspeed import DeepSpeedConfig, resolve
+from llmscale.config.load import dump
+from llmscale.config.schema import RunConfig
+from llmscale.data.prefetch import prefetch
+from llmscale.data.stream import Stream
+from llmscale.distributed import cpu
+from llmscale.distributed.groups import Groups, form_groups
+from llmscale.distributed.launch import Launch, device_of, start, stop
+from llmscale.distributed.layout import Layout
+from llmscale.errors import ConfigError, Problem
+from llmscale.models.family import Family, families
+from llmscale.models.stage import build_stages
+from llmscale.training import report, state
+from llmscale.training.batches import Batch, micro_batches
+from llmscale.training.engine import Engine, quiet_deepspeed
+from llmscale.training.learning_rate import learning_rate
+from llmscale.training.loop import Events, train
+from llmscale.training.metrics import Recorder
+from llmscale.training.optimizer import build_optimizer, moments
+from llmscale.training.sinks.wandb import check_available
+
+PREFETCH = 2
+"""Batches read ahead of the step that needs them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is settled before the first process group: the same on every rank."""
+
+    config: RunConfig
+    layout: Layout
+    family: Family
+    deepspeed: DeepSpeedConfig
+    train: Stream
+    validation: Stream | None
+
+
+def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
+    """Settle what the config leaves open, and open the data. path: the config's file, which errors name.
+
+    Raises:
+        ConfigError: the data's vocabulary does not fit the model.
+        DataError: the data is missing or broken.
+    """
+    check_available(config)
+    deepspeed = resolve(config, path.parent)
+    data, seed = config.data, config.run.seed
+    stream = Stream([(s.path, s.weight) for s in data.train], data.sequence_length, seed)
+    validation = None
+    if data.validation and config.training.validation_interval:
+        validation = Stream([(s.path, s.weight) for s in data.validation], data.sequence_length, seed)
+    vocab_size = config.model.vocab_size
+    for part in (stream, validation):
+        if part is not None and vocab_size is not None and part.vocab_size > vocab_size:
+            reason = f"{vocab_size} is smaller than the data's vocabulary, {part.vocab_size}"
+            raise ConfigError(str(path), [Problem("model.vocab_size", reason, f"use at least {part.vocab_size}, or null")])
+    model = config.model.model_copy(update={"vocab_size": vocab_size or stream.vocab_size})
+    config = config.model_copy(update={"model": model})
+    layout = Layout.of(config, world_size, deepspeed.stage)
+    return Run(config, layout, families()[model.family], deepspeed, stream, validation)
+
+
+def pretrain(run: Run, launch: Launch) -> None:
+    """Run (or go on with) a pretraining run on this rank.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite. CheckpointError: saving or resuming failed.
+    """
+    device = device_of(launch)
+    start(launch, device)
+    try:
+        cpu.redirect()
+        quiet_deepspeed()
+        with form_groups(run.layout, run.config.run.seed) as groups, ExitStack() as stack:
+            _train(run, launch, device, groups, stack)
+    finally:
+        stop()
+
+
+def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack: ExitStack) -> None:
+    config, output = run.config, Path(run.config.run.output_dir)
+    stages = build_stages(config.model, run.family, config.training, groups, config.run.seed)
+    engine = Engine(
+        stages,
+        groups,
+        run.deepspeed.settings,
+        lambda parts: build_optimizer(config.optimizer, parts, device, run.deepspeed.offload_optimizer is not None),
+        config.optimizer.weight_decay,
+        config.training.gradient_clipping,
+    )
+    stack.callback(engine.close)
+    folder = output / "checkpoints"
+    checkpoint = find(config.checkpoint.resume, folder)
+    done = _resume(engine, checkpoint, run, launch.rank) if checkpoint is not None else 0
+    described = {**asdict(run.layout), "data": run.layout.data}
+    lines = report.start_report(config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer))
+    recorder = stack.enter_context(Recorder(config, run.family, lines, device, output, done, launch))
+    if launch.rank == 0:
+        dump(config, output / "config.yaml")
+    if checkpoint is not None:
+        recorder.note(f"resumed from {checkpoint.path} at step {done}{_changes(checkpoint, described)}")
+
+    def write(step: int) -> None:
+        facts = manifest(config, step, described, report.versions())
+        path = save(folder, step, list(state.fragments(engine)), state.random_state(), facts)
+        if launch.rank == 0:
+            prune(folder, config.checkpoint.keep)
+        recorder.saved(path)
+
+    def batch(stream: Stream, step: int) -> list[Batch]:
+        return micro_batches(stream, step, config.training, run.layout, groups.position.data, device)
+
+    def validation() -> Iterator[list[Batch]]:
+        for number in range(config.training.validation_batches if run.validation else 0):
+            yield batch(run.validation, number)
+
+    def rate(step: int) -> float:
+        return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
+
+    if config.training.steps == 0 and config.checkpoint.interval and checkpoint is None:
+        write(0)
+    ahead = prefetch((batch(run.train, step) for step in range(done, config.training.steps)), PREFETCH)
+    stack.callback(ahead.close)
+    events = Events(step=recorder.step, validation=recorder.validation, save=write)
+    train(engine, ahead, validation if run.validation else None, rate, config, done, events)
+
+
+def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> int:
+    """Load a checkpoint, and this rank's random state where the layout is the same. Returns the steps done."""
+    state.restore(engine, checkpoint)
+    if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):
+        state.restore_random_state(checkpoint, rank)
+    return checkpoint.step
+
+
+def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:
+    """What of the layout is not as it was saved, in words; "" where all is the same."""
+    saved = checkpoint.manifest["layout"]
+    changed = [name for name, value in described.items() if _plain(value) != saved.get(name)]
+    return f", on another layout ({', '.join(f'{n} {saved.get(n)} -> {described[n]}' for n in changed)})" if changed else ""
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def manifest(config: RunConfig, step: int, layout: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors. tokens and sequences: seen so far; the latter is the data's position."""
+    sequences = step * config.training.global_batch_size
+    return {
+        "tokens": sequences * config.data.sequence_length,
+        "sequences": sequences,
+        "layout": layout,
+        "versions": versions,
+        "config": config.model_dump(mode="json"),
+    }

@@ -1,0 +1,97 @@
+"""The state of a run in memory, as a checkpoint's fragments, and back.
+
+Weights and optimizer state are copied to and from where DeepSpeed keeps them; random state belongs to a rank, and is restored
+where the layout is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from llmscale.checkpoint.format import WEIGHT, Checkpoint, Fragment
+from llmscale.errors import CheckpointError
+from llmscale.models.stage import EMBEDDING
+from llmscale.training.engine import Engine
+from llmscale.training.zero import Owned
+
+
+def fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank saves: what it owns, less the copies that another rank saves."""
+    groups = engine.groups
+    layout, position = groups.layout, groups.position
+    if layout.zero_stage == 0 and position.data > 0:
+        return
+    for part, owned in _parts(engine):
+        weight = part.weight
+        copied = weight.cut == "replicated" and position.tensor > 0
+        tied_copy = weight.name == EMBEDDING and position.pipeline > 0
+        if not copied and not tied_copy:
+            yield Fragment(
+                weight,
+                part.tensor_rank,
+                part.tensor_size,
+                part.start,
+                {WEIGHT: owned.master, **engine.zero.state(owned)},
+            )
+
+
+def _parts(engine: Engine) -> Iterator[tuple[Fragment, Owned]]:
+    groups = engine.groups
+    weights = {id(parameter): weight for stage in engine.stages for weight, parameter in stage.weights()}
+    for owned in engine.zero.owned():
+        weight = weights[id(owned.parameter)]
+        yield Fragment(
+            weight, groups.position.tensor, groups.layout.tensor, owned.start, {WEIGHT: owned.master}
+        ), owned
+
+
+@torch.no_grad()
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Load weights and optimizer state, from a checkpoint of any layout.
+
+    Raises:
+        CheckpointError: it is of another model, or of another optimizer.
+    """
+    expected = {weight.name: weight for stage in engine.stages for weight, _ in stage.weights()}
+    for name, weight in expected.items():
+        saved = checkpoint.weights.get(name)
+        if saved is None or saved.shape != weight.shape:
+            found = "is not in it" if saved is None else f"has the shape {list(saved.shape)} in it"
+            raise CheckpointError(
+                f"{checkpoint.path}: of another model: {name} {found}, and is {list(weight.shape)} here; "
+                "give the run another output_dir, or set checkpoint.resume to never"
+            )
+    states = [state for state in checkpoint.states if state != WEIGHT]
+    if states:
+        engine.zero.make_state(states, checkpoint.step)
+    for part, owned in _parts(engine):
+        targets = {WEIGHT: owned.master, **engine.zero.state(owned)}
+        for state in checkpoint.states:
+            values = checkpoint.read(
+                part.weight.name, state, part.tensor_rank, part.tensor_size, part.start, owned.numel
+            )
+            targets[state].copy_(values)
+    engine.zero.publish_masters()
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's random state: torch's generator, the GPU's, and Megatron's tracked ones (dropout)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    for name, value in get_cuda_rng_tracker().get_states().items():
+        state[f"tracker.{name}"] = value
+    return state
+
+
+def restore_random_state(checkpoint: Checkpoint, rank: int) -> None:
+    """Put this rank's random state back as it was saved."""
+    file = f"rank_{rank:05d}.safetensors"
+    torch.set_rng_state(checkpoint.tensor(file, "rng/cpu"))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.tensor(file, "rng/cuda"))
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states({name: checkpoint.tensor(file, f"rng/tracker.{name}") for name in tracker.get_states()})

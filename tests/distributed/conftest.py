@@ -1,0 +1,32 @@
+"""A corpus of token shards for the tests that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmscale.data.shards import SplitWriter
+
+VOCAB = 100
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of 30,000 tokens in documents of all lengths, vocabulary 100; the next token follows from the last two."""
+    folder = tmp_path_factory.mktemp("corpus") / "train"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    writer = SplitWriter(folder, "uint16", end_of_document=0, sample_tokens=4096, shard_samples=2)
+    left = 30_000
+    while left > 0:
+        length = int(draw.integers(2, 400))
+        tokens = [int(t) for t in draw.integers(1, VOCAB, 2)]
+        while len(tokens) < length:
+            noise = int(draw.integers(0, 3))
+            tokens.append(1 + (tokens[-1] * 7 + tokens[-2] * 3 + noise) % (VOCAB - 1))
+        writer.add(np.array(tokens, dtype=np.uint16), True, True)
+        left -= length
+    writer.finish(b"{}", VOCAB)
+    return folder

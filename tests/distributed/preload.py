@@ -1,0 +1,13 @@
+"""What the fork server imports once: everything heavy. One thread a process, as in real runs of several on a few cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import llmscale.cli.main  # noqa: E402
+import llmscale.cli.pretrain  # noqa: E402
+import llmscale.training.run  # noqa: E402, F401

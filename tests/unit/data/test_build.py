@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmscale.data.build import Progress, build
+from llmscale.data.documents import PIECE_BYTES
+from llmscale.data.shards import Card, Split
+from llmscale.data.tokenizer import Tokenizer
+from llmscale.data.verify import verify
+from llmscale.errors import DataError, UsageError
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The checksum of every file under a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def documents(folder: Path) -> list[str]:
+    """All documents of a split, decoded."""
+    split = Split(folder)
+    tokenizer = Tokenizer(split.tokenizer)
+    row: list[int] = []
+    starts: list[int] = []
+    sample = 0
+    for shard in split.shards:
+        for number in range(len(shard.offsets)):
+            tokens, places = split.read_sample(shard, number, split.sample_length(sample))
+            starts += (len(row) + places.astype(np.int64)).tolist()
+            row += tokens.tolist()
+            sample += 1
+    assert all(row[end - 1] == tokenizer.end_of_document for end in [*starts[1:], len(row)] if starts)
+    return [tokenizer.decode(row[start : end - 1]) for start, end in zip(starts, [*starts[1:], len(row)], strict=False)]
+
+
+def test_every_document_is_there_once_in_order_and_comes_back(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    summary = build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.0, shard_bytes=8192)
+    texts = [path.read_text() for path in sorted(corpus.rglob("*.txt"))]
+    assert documents(tmp_path / "out/train") == texts
+    card = summary.splits["train"]
+    assert (card.documents, summary.files, list(summary.splits)) == (120, 120, ["train"])
+    assert card.shards > 3
+    assert card.tokens == sum(len(Tokenizer(tokenizer_json).encode(text)) + 1 for text in texts)
+    assert sum(card.document_lengths) == 120
+    assert not (tmp_path / "out/validation").exists()
+
+
+def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    long = "".join(f"line {number} of a long document\n" for number in range(60_000))
+    assert len(long) > PIECE_BYTES
+    (corpus / "long.txt").write_text(long)
+    (corpus / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n} " * n}) + "\n" for n in range(700)))
+    for name, workers in (("one", 1), ("two", 2), ("again", 1)):
+        build([str(corpus)], tokenizer_json, tmp_path / name, workers=workers, shard_bytes=1 << 18)
+    one = content(tmp_path / "one")
+    assert len(one) > 8
+    assert one == content(tmp_path / "two") == content(tmp_path / "again")
+
+
+def test_validation_never_overlaps_training_and_copies_fall_on_one_side(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    (corpus / "copies.jsonl").write_text(
+        "".join(json.dumps({"text": path.read_text()}) + "\n" for path in sorted(corpus.rglob("*.txt")))
+    )
+    build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.2)
+    train, validation = documents(tmp_path / "out/train"), documents(tmp_path / "out/validation")
+    assert not set(train) & set(validation)
+    assert len(train) + len(validation) == 240
+    assert all(train.count(text) == 2 for text in train)
+    assert 24 <= len(validation) <= 72
+
+
+def test_webdataset_reads_the_shards(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.0, shard_bytes=4096)
+    folder = tmp_path / "out/train"
+    split = Split(folder)
+    urls = [str(folder / shard.name) for shard in split.shards]
+    rows = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [row["__key__"] for row in rows] == [f"{sample:09d}" for sample in range(split.card.samples)]
+    assert sum(len(row["tokens.npy"]) for row in rows) == split.card.tokens
+    assert sum(len(row["documents.npy"]) for row in rows) == split.card.documents == 120
+    assert rows[0]["tokens.npy"].dtype == np.uint16
+    assert int(sum(np.sum(row["tokens.npy"] == split.card.end_of_document) for row in rows)) == 120
+
+
+def test_tar_headers_hold_no_time_and_no_owner(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    build([str(corpus)], tokenizer_json, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/train/shard-00000.tar") as tar:
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar.getmembers()} == {(0, 0, 0, "", "")}
+
+
+def test_the_card_says_what_it_is(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    build([str(corpus)], tokenizer_json, tmp_path / "out")
+    card = Card.model_validate_json((tmp_path / "out/train/card.json").read_bytes())
+    assert card.tokenizer_sha256 == hashlib.sha256(tokenizer_json.read_bytes()).hexdigest()
+    assert (card.vocab_size, card.dtype, card.end_of_document, card.version) == (400, "uint16", 0, 1)
+    assert (tmp_path / "out/validation/tokenizer.json").read_bytes() == tokenizer_json.read_bytes()
+
+
+def test_what_is_left_out_or_replaced_is_counted(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    (corpus / "empty.txt").write_text("")
+    (corpus / "blank.txt").write_text(" \n\t\n")
+    (corpus / "binary.dat").write_bytes(bytes(100))
+    (corpus / "latin.txt").write_bytes("überall".encode("latin-1"))
+    summary = build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.0)
+    assert (summary.empty_documents, summary.binary_files, summary.replaced_characters) == (2, 1, 1)
+    assert summary.splits["train"].documents == 121
+    assert "\ufffdberall" in documents(tmp_path / "out/train")
+
+
+def test_progress_ends_with_all_bytes_and_documents(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    build([str(corpus)], tokenizer_json, tmp_path / "out", report=seen.append)
+    assert seen[-1].bytes_read == seen[-1].total_bytes == sum(path.stat().st_size for path in corpus.rglob("*.txt"))
+    assert seen[-1].documents == 120
+
+
+def test_input_without_text_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ")
+    (tmp_path / "b.bin").write_bytes(bytes(10))
+    with pytest.raises(DataError, match=r"no document to train on in --input: 1 empty, 1 binary file"):
+        build([str(tmp_path / "a.txt"), str(tmp_path / "b.bin")], tokenizer_json, tmp_path / "out")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"all 1 document\(s\) fell into the validation split; use a smaller"):
+        build([str(tmp_path / "a.txt")], tokenizer_json, tmp_path / "out", validation_fraction=0.999999)
+
+
+def test_an_output_is_replaced_only_when_asked_and_only_when_a_build_wrote_it(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    build([str(corpus)], tokenizer_json, out)
+    before = content(out)
+    with pytest.raises(UsageError, match=r"--output .*out: is not empty; .*--overwrite"):
+        build([str(corpus)], tokenizer_json, out)
+    build([str(corpus / "part0")], tokenizer_json, out, overwrite=True)
+    assert content(out) != before
+    assert verify(out) == []
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"holds 'thesis.tex', which no build wrote"):
+        build([str(corpus)], tokenizer_json, out, overwrite=True)
+    (tmp_path / "home/train").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"holds 'train', which no build wrote"):
+        build([str(corpus)], tokenizer_json, tmp_path / "home", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "home", "out"]
+
+
+def test_an_output_that_would_eat_its_input_is_refused(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--input .*\.txt: lies inside --output"):
+        build([str(corpus / "part0")], tokenizer_json, corpus, overwrite=True)
+    with pytest.raises(UsageError, match=r"--output .*data: lies inside --input .*corpus"):
+        build([str(corpus)], tokenizer_json, corpus / "data")
+    with pytest.raises(UsageError, match=r"is a file; name a folder"):
+        build([str(corpus)], tokenizer_json, next(corpus.rglob("*.txt")))
+    with pytest.raises(DataError, match=r"out: cannot be written: .*; name another --output"):
+        build([str(corpus)], tokenizer_json, tokenizer_json / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_fails_leaves_nothing_and_the_old_dataset(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path, workers: int
+) -> None:
+    out = tmp_path / "out"
+    build([str(corpus)], tokenizer_json, out)
+    before = content(out)
+    (corpus / "z.jsonl").write_text('{"text": "good"}\n{"text": bad}\n')
+    with pytest.raises(DataError, match=r"z\.jsonl:2: not a line of JSON"):
+        build([str(corpus)], tokenizer_json, out, workers=workers, overwrite=True)
+    assert content(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_a_killed_build_leaves_no_dataset_and_does_not_hinder_the_next(tokenizer_json: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "endless.txt"
+    os.mkfifo(pipe)  # the build waits for ever when it comes to it
+    (tmp_path / "a.txt").write_text("the stream\n" * 200_000)
+    out = tmp_path / "out"
+    program = (
+        "from pathlib import Path; from llmscale.data.build import build;"
+        f"build([{str(tmp_path / 'a.txt')!r}, {str(pipe)!r}], Path({str(tokenizer_json)!r}), Path({str(out)!r}),"
+        " shard_bytes=1 << 16, report=lambda progress: print(progress.tokens, flush=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert int(process.stdout.readline()) > 1 << 15
+    with pytest.raises(UsageError, match="another build is writing it"):
+        build([str(tmp_path / "a.txt")], tokenizer_json, out)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    assert list((tmp_path / "out.partial/train").glob("*.tar"))
+    build([str(tmp_path / "a.txt")], tokenizer_json, out)
+    assert verify(out) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "endless.txt", "out"]

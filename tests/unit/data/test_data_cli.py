@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llmscale.cli.data import command
+from llmscale.errors import LlmscaleError
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> str:
+    """Standard output of a command that must work."""
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_from_text_to_a_verified_dataset(corpus: Path, tmp_path: Path) -> None:
+    tokenizer, output = tmp_path / "made/tok.json", tmp_path / "out"
+    assert "400 tokens, from 120 documents" in done(
+        "tokenizer", "--input", corpus, "--vocab-size", 400, "--output", tokenizer
+    )
+    text = done("build", "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--validation-fraction", 0.2)
+    assert "train: " in text
+    assert "validation: " in text
+    shown = done("inspect", output)
+    assert "documents, " in shown
+    assert "█" in shown
+    assert "document 1 of 3" in shown
+    assert "whole, " in done("verify", output)
+
+
+def test_results_are_json_where_asked(corpus: Path, tmp_path: Path) -> None:
+    tokenizer, output = tmp_path / "tok.json", tmp_path / "out"
+    made = json.loads(
+        done(
+            "tokenizer",
+            "--input",
+            corpus,
+            "--vocab-size",
+            300,
+            "--output",
+            tokenizer,
+            "--special-token",
+            "<x>",
+            "--json",
+        )
+    )
+    assert (made["vocab_size"], made["special_tokens"]) == (300, ["<|endoftext|>", "<x>"])
+    built = json.loads(
+        done("build", "--input", corpus / "part0", corpus / "part1", "--tokenizer", tokenizer, "--output", output,
+             "--workers", 1, "--shard-size", "4K", "--json")
+    )  # fmt: skip
+    assert built["files"] == 80
+    assert built["splits"]["train"]["shards"] > 1
+    splits = json.loads(done("inspect", output, "--documents", 1, "--json"))
+    assert [Path(split["folder"]).name for split in splits] == ["train", "validation"]
+    assert len(splits[0]["examples"]) == 1
+    assert json.loads(done("verify", output, "--json"))["whole"] is True
+
+
+def test_verify_exits_with_1_and_names_what_is_broken(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    done("build", "--input", corpus, "--tokenizer", tokenizer_json, "--output", tmp_path / "out", "--workers", 1)
+    shard = tmp_path / "out/train/shard-00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 4
+    shard.write_bytes(data)
+    result = run("verify", tmp_path / "out")
+    assert isinstance(result.exception, LlmscaleError)
+    assert result.exception.exit_code == 1
+    assert "shard-00000.tar: sample 000000000: its checksum differs" in str(result.exception)
+    result = run("verify", tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["problems"]) == 2
+
+
+Arguments = Callable[[Path, Path, Path], list[object]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "exit_code"),
+    [
+        (lambda c, k, t: ["build", "--input", t / "no*", "--tokenizer", k, "--output", t / "o"], "matches no file", 2),
+        (lambda c, k, t: ["build", "--input", c, "--suffix", ".rs", "--tokenizer", k, "--output", t / "o"], ".rs", 2),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", t / "no.json", "--output", t / "o"], "no.json", 1),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", c / "part0/000.txt", "--output", t / "o"], "not a", 1),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", c / "o"], "lies inside", 2),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", k.parent], "not empty", 2),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", t, "--end-of-document", "#"], "#", 2),
+        (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 99, "--output", t / "k"], "at least 257", 2),
+        (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 99999, "--output", t / "k"], "more than", 1),
+        (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 300, "--output", t], "is a folder", 2),
+        (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 300, "--output", k / "x"], "cannot be written", 1),
+        (lambda c, k, t: ["inspect", t / "none"], "no such folder", 1),
+        (lambda c, k, t: ["verify", c], "not a dataset", 1),
+    ],
+)  # fmt: skip
+def test_a_mistake_gives_one_clear_line(
+    arguments: Arguments, message: str, exit_code: int, corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    result = run(*arguments(corpus, tokenizer_json, tmp_path))
+    assert isinstance(result.exception, LlmscaleError), result.output
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert result.exception.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build", "--input", "x"],
+        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--validation-fraction", "1"],
+        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--workers", "0"],
+        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--shard-size", "big"],
+        ["tokenizer", "--input", "x", "--output", "k"],
+        ["inspect"],
+        ["verify", "a", "--fast"],
+    ],
+)
+def test_wrong_usage_is_click_s_error(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "build", "inspect", "verify"])
+def test_help_shows_an_example(name: str) -> None:
+    assert f"llmscale data {name}" in done(name, "--help")

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmscale.data import stream as streams
+from llmscale.data.shards import Split
+from llmscale.data.stream import Stream
+from llmscale.errors import DataError
+
+from .conftest import WriteSplit, row_of_tokens
+
+LENGTHS = [(number * 7) % 50 for number in range(80)]
+
+
+@pytest.mark.parametrize("sequence_length", [1, 7, 63, 64, 65, 300])
+def test_an_epoch_is_every_sequence_of_the_source_once(write_split: WriteSplit, sequence_length: int) -> None:
+    """300 is longer than the 64 tokens of a sample and the 192 of a shard."""
+    stream = Stream([(str(write_split("a", LENGTHS)), 1.0)], sequence_length, seed=5)
+    row = row_of_tokens(LENGTHS)
+    count = (len(row) - 1) // sequence_length
+    wanted = [row[i * sequence_length : (i + 1) * sequence_length + 1].tolist() for i in range(count)]
+    epochs = [stream.read(range(epoch * count, (epoch + 1) * count)) for epoch in range(3)]
+    for epoch in epochs:
+        assert epoch.shape == (count, sequence_length + 1)
+        assert epoch.dtype == np.int64
+        assert sorted(epoch.tolist()) == sorted(wanted)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
+
+
+def test_every_token_is_a_label_once_an_epoch_but_for_the_tail(write_split: WriteSplit) -> None:
+    stream = Stream([(str(write_split("a", LENGTHS)), 1.0)], 16, seed=5)
+    row = row_of_tokens(LENGTHS)
+    count = (len(row) - 1) // 16
+    labels = stream.read(range(count))[:, 1:].ravel()
+    tail = len(row) - 1 - count * 16
+    assert tail < 16
+    assert sorted(labels.tolist()) == sorted(row[1 : len(row) - tail].tolist())
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_the_stream_does_not_depend_on_ranks_batches_or_what_was_read_before(
+    tmp_path_factory: pytest.TempPathFactory, built: list[tuple[str, float]], data: st.DataObject
+) -> None:
+    reference = Stream(built, 16, seed=9).read(range(200))
+    ranks = data.draw(st.sampled_from([1, 2, 3, 5, 8]))
+    start = data.draw(st.integers(0, 150))
+    seen = np.empty_like(reference[start:])
+    for rank in range(ranks):
+        stream = Stream(built, 16, seed=9)
+        positions = list(range(start + rank, 200, ranks))
+        while positions:
+            count = data.draw(st.integers(1, 40))
+            taken, positions = positions[:count], positions[count:]
+            seen[np.array(taken) - start] = stream.read(taken)
+    assert np.array_equal(seen, reference[start:])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
+    """Three sources of different sizes."""
+    from llmscale.data.shards import SplitWriter
+
+    sources = []
+    for number, (documents, weight) in enumerate([(40, 5.0), (9, 1.0), (100, 2.5)]):
+        folder = tmp_path_factory.mktemp(f"source{number}")
+        writer = SplitWriter(folder, "uint16", 0, 64, 3)
+        for length in range(documents):
+            writer.add(np.full(length, number + 1, dtype=np.uint16), True, True)
+        writer.finish(b"{}", 10)
+        sources.append((str(folder), weight))
+    return sources
+
+
+def test_sources_are_mixed_by_weight_and_each_has_its_own_epochs(built: list[tuple[str, float]]) -> None:
+    stream = Stream(built, 16, seed=1)
+    sequences = stream.read(range(10_000))
+    source = sequences.max(axis=1) - 1
+    counts = np.bincount(source, minlength=3)
+    assert np.abs(counts / 10_000 - np.array([5.0, 1.0, 2.5]) / 8.5).max() <= 0.001
+    sizes = [(sum(range(documents)) + documents - 1) // 16 for documents in (40, 9, 100)]
+    assert np.allclose(stream.epochs(10_000), counts / np.array(sizes))
+    for number, size in enumerate(sizes):
+        own = sequences[source == number]
+        for epoch in range(min(3, len(own) // size)):
+            part = own[epoch * size : (epoch + 1) * size].tolist()
+            assert sorted(part) == sorted(own[:size].tolist())
+
+
+def test_seeds_give_different_orders_and_the_same_seed_the_same(built: list[tuple[str, float]]) -> None:
+    one, same, other = (Stream(built, 8, seed).read(range(100)) for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_what_a_stream_says_of_itself(built: list[tuple[str, float]]) -> None:
+    stream = Stream(built, 16, seed=1)
+    assert (stream.vocab_size, stream.sequence_length) == (10, 16)
+    assert stream.tokenizer == Path(built[0][0]) / "tokenizer.json"
+    assert stream.read([]).shape == (0, 17)
+    with pytest.raises(ValueError, match="positions count from 0"):
+        stream.read([-1])
+
+
+def test_more_shards_than_may_be_mapped_at_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_split("a", [100] * 40, sample_tokens=64, shard_samples=1)
+    wanted = Stream([(str(folder), 1.0)], 100, seed=3).read(range(80))
+    monkeypatch.setattr(streams, "_OPEN_SHARDS", 8)
+    assert len(Split(folder).shards) > 60
+    stream = Stream([(str(folder), 1.0)], 100, seed=3)
+    assert np.array_equal(stream.read(range(80)), wanted)
+    assert len(stream._sources[0]._mapped) <= 8
+
+
+def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) -> None:
+    folder = write_split("a", [9])
+    assert Stream([(str(folder), 1.0)], 9, seed=0).read([0]).shape == (1, 10)
+    with pytest.raises(DataError, match=r"a: holds 10 tokens, and one sequence needs 11; .*data\.sequence_length"):
+        Stream([(str(folder), 1.0)], 10, seed=0)
+    with pytest.raises(DataError, match=r"empty: holds 0 tokens"):
+        Stream([(str(write_split("empty", [])), 1.0)], 10, seed=0)
+    with pytest.raises(DataError, match="no source of data"):
+        Stream([], 10, seed=0)
+
+
+def test_sources_of_two_tokenizers_are_refused(write_split: WriteSplit) -> None:
+    one, other = write_split("a", [90], tokenizer=b"{}"), write_split("b", [90], tokenizer=b"[]")
+    with pytest.raises(DataError, match=r"b: built with another tokenizer than .*a;"):
+        Stream([(str(one), 1.0), (str(other), 1.0)], 8, seed=0)
+
+
+def test_a_missing_or_changed_shard_is_named(write_split: WriteSplit) -> None:
+    folder = write_split("a", LENGTHS)
+    shard = folder / "shard-00002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-512])
+    with pytest.raises(DataError, match=r"shard-00002\.tar: has \d+ bytes, index\.json says \d+; .*--overwrite"):
+        Stream([(str(folder), 1.0)], 16, seed=0).read(range(100))
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00002\.tar: shard is missing \(1 in all\); "):
+        Stream([(str(folder), 1.0)], 16, seed=0)
+    shard.mkdir()
+    with pytest.raises(DataError, match=r"shard-00002\.tar: cannot be read: Is a directory"):
+        Stream([(str(folder), 1.0)], 16, seed=0).read(range(100))
+
+
+def test_an_id_beyond_the_vocabulary_is_named_by_shard_and_sample(write_split: WriteSplit) -> None:
+    folder = write_split("a", LENGTHS, vocab_size=3000)
+    split = Split(folder)
+    data = bytearray((folder / "shard-00003.tar").read_bytes())
+    place = split.shards[3].offsets[1] + 4 * 20
+    data[place : place + 4] = (3000).to_bytes(4, "little")
+    (folder / "shard-00003.tar").write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"shard-00003\.tar: sample 000000010 holds the id 3000, .*vocabulary has 3000;"
+    ):
+        Stream([(str(folder), 1.0)], 16, seed=0).read(range(100))

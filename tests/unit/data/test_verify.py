@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmscale.data.shards import Split
+from llmscale.data.verify import verify
+
+from .conftest import WriteSplit
+
+LENGTHS = [(number * 7) % 50 for number in range(80)]
+SHARD = "shard-00001.tar"
+
+
+def test_a_whole_split_has_no_problems(write_split: WriteSplit) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = write_split("a", LENGTHS)
+    assert verify(folder, lambda done, total: seen.append((done, total))) == []
+    assert seen[-1] == (Split(folder).card.bytes,) * 2
+
+
+def test_a_flipped_bit_anywhere_names_the_shard_and_in_a_sample_the_sample(write_split: WriteSplit) -> None:
+    folder = write_split("a", LENGTHS)
+    whole = (folder / SHARD).read_bytes()
+    offset = Split(folder).shards[1].offsets[1]
+    for place in (0, 100, offset - 600, offset - 60, offset, offset + 255, offset + 256 + 400, len(whole) - 1):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        (folder / SHARD).write_bytes(broken)
+        problems = verify(folder)
+        assert any(f"{SHARD}: its checksum differs from index.json" in problem for problem in problems)
+        if offset <= place < offset + 256:
+            assert any(f"{SHARD}: sample 000000004: its checksum differs" in problem for problem in problems)
+        assert not any("sample 000000003" in problem for problem in problems if place >= offset)
+    (folder / SHARD).write_bytes(whole)
+    assert verify(folder) == []
+
+
+def test_every_broken_thing_is_reported_at_once(write_split: WriteSplit, tmp_path: Path) -> None:
+    folder = write_split("train", LENGTHS)
+    write_split("validation", LENGTHS)
+    (tmp_path / "validation/index.json").unlink()
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:1500])
+    (folder / "shard-00002.tar").unlink()
+    (folder / "shard-99999.tar").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{ }")
+    problems = "\n".join(verify(tmp_path))
+    for message in (
+        r"index.json: cannot be read",
+        f"{SHARD}: has 1500 bytes, index.json says",
+        f"{SHARD}: sample 000000005: cannot be read",
+        "shard-00002.tar: cannot be read: No such file",
+        "shard-99999.tar: not in index.json; remove it",
+        "tokenizer.json: not the tokenizer that made the shards",
+    ):
+        assert message in problems
+    (folder / "tokenizer.json").unlink()
+    assert any("tokenizer.json: is missing" in problem for problem in verify(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 50}, r"sample 000000000: the id 60 is beyond the vocabulary of 50"),
+        ({"end_of_document": 3}, r"a document begins where none has ended"),
+        ({"tokens": 2064}, r"tokens, card.json says 2064"),
+        ({"documents": 7}, r"80 documents, card.json says 7"),
+    ],
+)
+def test_a_card_that_does_not_fit_the_shards_is_noticed(
+    write_split: WriteSplit, change: dict[str, int], message: str
+) -> None:
+    folder = write_split("a", LENGTHS)
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, **change}))
+    assert any(message in problem for problem in verify(folder)), verify(folder)
