@@ -5,14 +5,15 @@
         index.json               weight -> the fragments it is made of, and the file each stands in
         rank_00000.safetensors   what rank 0 owned: fragments of fp32 weights and optimizer state, and its random state
 
-Things have global names, so that any layout loads what any other saved. A fragment is a run of one tensor-parallel part of a
-weight, flattened: ZeRO cuts weights at arbitrary elements. Writing happens in a hidden folder that is renamed at the end: a
-reader sees all of a checkpoint or none. No pickle anywhere.
+Things have global names, so that any layout loads what any other saved. A fragment is a run of one tensor-parallel
+part of a weight, flattened: ZeRO cuts weights at arbitrary elements. Writing happens in a hidden folder that is
+renamed at the end: a reader sees all of a checkpoint or none. No pickle anywhere.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Entry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write a safetensors file one tensor at a time, so that memory holds one copy of one tensor. Returns its size in bytes.
+    """Write a safetensors file one tensor at a time: memory holds one copy of one tensor. Returns the file's bytes.
 
     The format: 8 bytes of header length, little-endian; a JSON header of names, types, shapes and offsets; the bytes.
     """
@@ -84,16 +85,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
         file.write(struct.pack("<Q", len(head)) + head)
         for tensor in tensors.values():
             raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            file.write(memoryview(raw.numpy()))
+            file.write(raw.numpy().data)
         file.flush()
-        _sync(file.fileno())
+        os.fsync(file.fileno())
     return 8 + len(head) + end
-
-
-def _sync(descriptor: int) -> None:
-    import os
-
-    os.fsync(descriptor)
 
 
 class Checkpoint:
@@ -161,7 +156,9 @@ class Checkpoint:
                 result: torch.Tensor = opened.get_tensor(key)
                 return result
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint") from None
+            raise CheckpointError(
+                f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint"
+            ) from None
 
     def part(self, name: str, state: str, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """What tensor-parallel rank `tensor_rank` of `tensor_size` holds of a weight, in its local shape."""
@@ -181,7 +178,7 @@ class Checkpoint:
         return local
 
     def run(self, name: str, state: str, tensor_rank: int, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of a saved tensor-parallel part, flattened, from whatever fragments hold them."""
+        """Elements [start, start + numel) of a saved, flattened tensor-parallel part, from whatever holds them."""
         result = torch.empty(numel)
         covered = 0
         for entry in self.index[name]:

@@ -48,7 +48,9 @@ def find(resume: str, folder: Path) -> Checkpoint | None:
         found = newest_whole(nested)
         if found is not None:
             return found
-    raise CheckpointError(f"checkpoint.resume: {path} holds no whole checkpoint; name a step_* folder or a run directory")
+    raise CheckpointError(
+        f"checkpoint.resume: {path} holds no whole checkpoint; name a step_* folder or a run directory"
+    )
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

@@ -40,7 +40,11 @@ def list_command(run: Path, as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        whole = f"step {row['step']:>8}  {row['tokens']:>15,} tokens  {row['bytes'] / 2**20:>10.1f} MiB" if "step" in row else ""
+        whole = (
+            f"step {row['step']:>8}  {row['tokens']:>15,} tokens  {row['bytes'] / 2**20:>10.1f} MiB"
+            if "step" in row
+            else ""
+        )
         click.echo(f"{row['path']}  {whole or 'BROKEN: ' + row['broken']}")
     if not rows:
         click.echo(f"no checkpoints in {_folder(run)}", err=True)
@@ -84,5 +88,7 @@ def verify(checkpoint: Path) -> None:
     for name in found.weights:
         for state in found.states:
             if not torch.isfinite(found.whole(name, state)).all():
-                raise CheckpointError(f"{found.path}: {name}: {state} holds numbers that are not finite; use an older one")
+                raise CheckpointError(
+                    f"{found.path}: {name}: {state} holds numbers that are not finite; use an older one"
+                )
     click.echo(f"{found.path}: whole, {len(found.weights)} weights, states {', '.join(found.states)}")

@@ -47,7 +47,9 @@ def command(
     model = found.config.model
     vocab_size = model.vocab_size or words.vocab_size
     if words.vocab_size > vocab_size:
-        raise UsageError(f"{path}: {words.vocab_size} tokens, and the model has {vocab_size}; name the right --tokenizer")
+        raise UsageError(
+            f"{path}: {words.vocab_size} tokens, and the model has {vocab_size}; name the right --tokenizer"
+        )
     ids = [int(i) for i in words.encode(prompt)] or [words.end_of_document]
     settings = Sampling(max_tokens, temperature, top_k, top_p, seed)
     with open_model(found) as (stage, device):

@@ -6,7 +6,7 @@
     130  interrupted from the keyboard
 
 A command's module is imported when it is asked for, and imports what is heavy when it runs: `llmscale --help` takes
-0.15 s where importing torch, DeepSpeed and Megatron-core takes 6. Anything else that is raised is a defect of llmscale:
+0.12 s where importing torch, DeepSpeed and Megatron-core takes 6. Anything else that is raised is a defect of llmscale:
 it keeps its traceback.
 """
 

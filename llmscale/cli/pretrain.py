@@ -1,4 +1,4 @@
-"""`llmscale pretrain`: one process of a run; torchrun, srun or DeepSpeed's launcher start as many as there are devices."""
+"""`llmscale pretrain`: one process of a run; torchrun, srun or DeepSpeed's launcher start one a device."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llmscale.errors import LlmscaleError
 def command(config: Path, overrides: tuple[str, ...], local_rank: int | None) -> None:
     """Pretrain the model that the YAML file CONFIG describes.
 
-    KEY=VALUE overrides a key of the file. Started without a launcher it runs in one process; a run that was stopped goes on
-    from its newest whole checkpoint when it is started again.
+    KEY=VALUE overrides a key of the file. Started without a launcher it runs in one process; a run that was stopped
+    goes on from its newest whole checkpoint when it is started again.
     """
     from llmscale.config.load import load
     from llmscale.distributed.launch import Launch

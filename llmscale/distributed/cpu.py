@@ -1,10 +1,11 @@
 """The CPU as a device like another: every redirection that Megatron-core needs to run without CUDA.
 
-Megatron-core (0.16.1 and 0.19.2) says `torch.cuda.current_device()` and `device="cuda"` in its layers, its random-number
-tracker and its schedules. `redirect()` sends those to the CPU. A TorchFunctionMode would do the same in fewer lines, but it
-is thread-local and misses positional `.to("cuda")`.
+Megatron-core (0.16.1 and 0.19.2) says `torch.cuda.current_device()` and `device="cuda"` in its layers, its
+random-number tracker and its schedules. `redirect()` sends those to the CPU. A TorchFunctionMode would do the same in
+fewer lines, but it is thread-local and misses positional `.to("cuda")`.
 
-Facts that `models/transformer.py` acts on, and the tests named after their symptoms (tests/distributed/test_upstream.py):
+Facts that `models/transformer.py` acts on, and the tests named after their symptoms
+(tests/distributed/test_upstream.py):
 - gloo pairs two batched sends of the same two ranks in order: an interleaved schedule with two stages needs
   `overlap_p2p_comm=True, batch_p2p_comm=False`, or activations and gradients are swapped, silently.
 - with overlapping point-to-point on gloo, a deallocated pipeline output is freed while it is being sent.

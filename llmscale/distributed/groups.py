@@ -1,6 +1,7 @@
 """The process groups of a layout: Megatron-core's, as values that are passed, and as the mpu that DeepSpeed reads.
 
-The only file that touches Megatron-core's global `parallel_state`. Its schedules and some layers still look groups up there.
+The only file that touches Megatron-core's global `parallel_state`. Its schedules and some layers still look groups up
+there.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -46,8 +48,8 @@ class Groups:
 def form_groups(layout: Layout, seed: int) -> Iterator[Groups]:
     """Form all process groups of a layout, and seed Megatron's random-number tracker for dropout.
 
-    The seed of dropout outside tensor-parallel regions differs per pipeline stage and data-parallel rank; inside them per
-    tensor-parallel rank as well.
+    The seed of dropout outside tensor-parallel regions differs per pipeline stage and data-parallel rank; inside them
+    per tensor-parallel rank as well.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -65,7 +67,7 @@ def form_groups(layout: Layout, seed: int) -> Iterator[Groups]:
             layout=layout,
             position=position,
             collection=ProcessGroupCollection.use_mpu_process_groups(),
-            world=dist.group.WORLD,
+            world=cast(dist.ProcessGroup, dist.group.WORLD),
             tensor=parallel_state.get_tensor_model_parallel_group(),
             pipeline=parallel_state.get_pipeline_model_parallel_group(),
             data=data,
@@ -81,7 +83,8 @@ def form_groups(layout: Layout, seed: int) -> Iterator[Groups]:
 class Mpu:
     """The groups as DeepSpeed asks for them.
 
-    The model-parallel group is tensor × pipeline, and a rank's place in it is unique: DeepSpeed takes it for one replica.
+    The model-parallel group is tensor × pipeline, and a rank's place in it is unique: DeepSpeed takes it for one
+    replica.
     """
 
     def __init__(self, groups: Groups) -> None:

@@ -1,7 +1,7 @@
 """Who am I: rank, world size and rendezvous, from whatever started this process. The one reader of the environment.
 
-torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_*, one task
-a device; without a launcher the process is a world of its own, and picks a free port.
+torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_*,
+one task a device; without a launcher the process is a world of its own, and picks a free port.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sizes of a parallel layout, where each rank stands in it, and the table of what can be combined. No torch.
 
-A rule is a row of RULES: the key it is about, what is wrong when it is broken, and the nearest right value. Errors quote
-the table, `docs/layouts.md` prints it.
+A rule is a row of RULES: the key it is about, what is wrong when it is broken, and the nearest right value. Errors
+quote the table, `docs/layouts.md` prints it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Layout:
         )
 
     def chunk_layers(self, pipeline_rank: int) -> tuple[range, ...]:
-        """The global layers (0-based) of each model chunk of a pipeline rank; chunk c is virtual stage c × pipeline + rank."""
+        """The layers (from 0) of each model chunk of a pipeline rank; chunk c is virtual stage c × pipeline + rank."""
         starts = [sum(self.layers[:stage]) for stage in range(len(self.layers))]
         stages = range(pipeline_rank, len(self.layers), self.pipeline)
         return tuple(range(starts[stage], starts[stage] + self.layers[stage]) for stage in stages)
@@ -181,7 +181,9 @@ RULES: tuple[Rule, ...] = (
         "data.sequence_length",
         "is at most model.max_position_embeddings",
         lambda f: f.data.sequence_length > f.model.max_position_embeddings,
-        lambda f: f"{f.data.sequence_length} is longer than model.max_position_embeddings {f.model.max_position_embeddings}",
+        lambda f: (
+            f"{f.data.sequence_length} is longer than model.max_position_embeddings {f.model.max_position_embeddings}"
+        ),
         lambda f: f"use at most {f.model.max_position_embeddings}, or raise model.max_position_embeddings",
     ),
     Rule(
@@ -230,10 +232,14 @@ RULES: tuple[Rule, ...] = (
         "parallel.tensor",
         "times parallel.pipeline divides the number of ranks; data parallelism is what is left",
         lambda f: f.world_size is not None and f.world_size % f.model_parallel > 0,
-        lambda f: f"tensor {f.parallel.tensor} × pipeline {f.parallel.pipeline} = {f.model_parallel} "
-        f"does not divide {f.world_size} rank(s)",
-        lambda f: f"start a multiple of {f.model_parallel} ranks ({_nearest_multiple(f.model_parallel, f.world_size or 1)}), "
-        f"or use a product of {_nearest(_divisors(f.world_size or 1), f.model_parallel)}",
+        lambda f: (
+            f"tensor {f.parallel.tensor} × pipeline {f.parallel.pipeline} = {f.model_parallel} "
+            f"does not divide {f.world_size} rank(s)"
+        ),
+        lambda f: (
+            f"start a multiple of {f.model_parallel} ranks ({_nearest_multiple(f.model_parallel, f.world_size or 1)}), "
+            f"or use a product of {_nearest(_divisors(f.world_size or 1), f.model_parallel)}"
+        ),
     ),
     Rule(
         "parallel.sequence_parallel",
@@ -246,7 +252,9 @@ RULES: tuple[Rule, ...] = (
         "data.sequence_length",
         "is a multiple of parallel.tensor under sequence parallelism",
         lambda f: f.parallel.sequence_parallel and f.data.sequence_length % f.parallel.tensor > 0,
-        lambda f: f"sequence parallelism cannot cut {f.data.sequence_length} tokens into {f.parallel.tensor} equal parts",
+        lambda f: (
+            f"sequence parallelism cannot cut {f.data.sequence_length} tokens into {f.parallel.tensor} equal parts"
+        ),
         lambda f: f"use {_nearest_multiple(f.parallel.tensor, f.data.sequence_length)}",
     ),
     Rule(
@@ -258,10 +266,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "parallel.pipeline",
-        "times parallel.virtual_pipeline is at most num_layers: every stage holds a layer (stage_layers may say otherwise)",
+        "times parallel.virtual_pipeline is at most num_layers: a stage holds a layer (stage_layers may say otherwise)",
         lambda f: f.parallel.stage_layers is None and f.model.num_layers < f.stages,
-        lambda f: f"{f.model.num_layers} layers do not fill {f.stages} stages "
-        f"(pipeline {f.parallel.pipeline} × virtual_pipeline {f.parallel.virtual_pipeline})",
+        lambda f: (
+            f"{f.model.num_layers} layers do not fill {f.stages} stages "
+            f"(pipeline {f.parallel.pipeline} × virtual_pipeline {f.parallel.virtual_pipeline})"
+        ),
         lambda f: f"use at most {f.model.num_layers} stages, or at least {f.stages} layers",
     ),
     Rule(
@@ -274,31 +284,43 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "parallel.stage_layers",
         "adds up to num_layers",
-        lambda f: f.parallel.stage_layers is not None
-        and len(f.parallel.stage_layers) == f.stages
-        and sum(f.parallel.stage_layers) != f.model.num_layers,
+        lambda f: (
+            f.parallel.stage_layers is not None
+            and len(f.parallel.stage_layers) == f.stages
+            and sum(f.parallel.stage_layers) != f.model.num_layers
+        ),
         lambda f: f"they add up to {sum(f.parallel.stage_layers or ())}, model.num_layers is {f.model.num_layers}",
         lambda f: f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}",
     ),
     Rule(
         "training.global_batch_size",
         "is a multiple of micro_batch_size × data-parallel size",
-        lambda f: f.data_parallel is not None
-        and f.training.global_batch_size % (f.training.micro_batch_size * f.data_parallel) > 0,
-        lambda f: f"{f.training.global_batch_size} is not a multiple of micro_batch_size {f.training.micro_batch_size} "
-        f"× {f.data_parallel} data-parallel rank(s)",
-        lambda f: "use "
-        + _nearest_multiple(f.training.micro_batch_size * (f.data_parallel or 1), f.training.global_batch_size),
+        lambda f: (
+            f.data_parallel is not None
+            and f.training.global_batch_size % (f.training.micro_batch_size * f.data_parallel) > 0
+        ),
+        lambda f: (
+            f"{f.training.global_batch_size} is not a multiple of micro_batch_size {f.training.micro_batch_size} "
+            f"× {f.data_parallel} data-parallel rank(s)"
+        ),
+        lambda f: (
+            "use "
+            + _nearest_multiple(f.training.micro_batch_size * (f.data_parallel or 1), f.training.global_batch_size)
+        ),
     ),
     Rule(
         "training.global_batch_size",
         "gives every data-parallel rank a multiple of parallel.pipeline micro-batches, with virtual_pipeline above 1",
         lambda f: f.parallel.virtual_pipeline > 1 and (_micro_batches(f) or 0) % f.parallel.pipeline > 0,
-        lambda f: f"the interleaved schedule takes micro-batches in rounds of {f.parallel.pipeline} (the stages), "
-        f"and there are {_micro_batches(f)}",
-        lambda f: "use "
-        + _nearest_multiple(
-            f.training.micro_batch_size * (f.data_parallel or 1) * f.parallel.pipeline, f.training.global_batch_size
+        lambda f: (
+            f"the interleaved schedule takes micro-batches in rounds of {f.parallel.pipeline} (the stages), "
+            f"and there are {_micro_batches(f)}"
+        ),
+        lambda f: (
+            "use "
+            + _nearest_multiple(
+                f.training.micro_batch_size * (f.data_parallel or 1) * f.parallel.pipeline, f.training.global_batch_size
+            )
         ),
     ),
 )

@@ -20,7 +20,7 @@ from llmscale.models.stage import Stage, build_stages
 
 @contextmanager
 def open_model(checkpoint: Checkpoint) -> Iterator[tuple[Stage, torch.device]]:
-    """The whole model on this process's device, ready to run forward; weights in the precision that it was trained in."""
+    """The whole model on this process's device, ready to run forward, in the precision that it was trained in."""
     launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "single")
     device = device_of(launch)
     start(launch, device)

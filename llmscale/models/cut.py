@@ -34,7 +34,7 @@ def local_shape(weight: Weight, size: int) -> tuple[int, ...]:
 
 
 def pieces(weight: Weight, rank: int, size: int) -> tuple[Piece, ...]:
-    """The parts of the whole tensor that tensor-parallel rank `rank` of `size` holds; what no piece covers is padding."""
+    """The parts of the whole that tensor-parallel rank `rank` of `size` holds; what no piece covers is padding."""
     if weight.cut == "replicated" or (size == 1 and weight.cut != "vocab"):
         return (Piece(0, 0, 0, weight.shape[0]),)
     dim = 1 if weight.cut == "columns" else 0

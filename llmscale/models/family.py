@@ -19,11 +19,11 @@ from llmscale.config.schema import Model
 Cut = Literal["replicated", "rows", "gated_rows", "columns", "vocab"]
 """How a weight is cut over the tensor-parallel group.
 
-replicated: every rank holds all of it. rows: along dimension 0. gated_rows: dimension 0 is [gate; up], each half is cut.
-columns: along dimension 1. vocab: along dimension 0, which is padded.
+replicated: every rank holds all of it. rows: along dimension 0. gated_rows: dimension 0 is [gate; up], each half is
+cut. columns: along dimension 1. vocab: along dimension 0, which is padded.
 """
 Init = Literal["normal", "residual", "ones", "zeros"]
-"""normal: N(0, init_std). residual: N(0, init_std / sqrt(2 × num_layers)), as GPT-2 does for what writes into the residual stream."""
+"""normal: N(0, init_std). residual: N(0, init_std / sqrt(2 × num_layers)), GPT-2's rule for the residual stream."""
 
 
 @dataclass(frozen=True)

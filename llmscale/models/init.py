@@ -1,7 +1,7 @@
 """Initial weights that depend on (seed, name) alone, so that every layout starts from the same model.
 
-Each weight is drawn whole by a generator of its own, and each rank keeps its part: that costs one weight's worth of memory
-for a moment, and makes layouts comparable to the last bit.
+Each weight is drawn whole by a generator of its own, and each rank keeps its part: that costs one weight's worth of
+memory for a moment, and makes layouts comparable to the last bit.
 """
 
 from __future__ import annotations

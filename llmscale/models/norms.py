@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm that know sequence parallelism.
 
-Megatron-core's WrappedTorchNorm refuses sequence parallelism and leaves its weights unmarked; under it each tensor-parallel
-rank sees a part of the sequence only, and the gradients of these weights must be summed over the group.
+Megatron-core's WrappedTorchNorm refuses sequence parallelism and leaves its weights unmarked; under it each
+tensor-parallel rank sees a part of the sequence only, and the gradients of these weights must be summed over the
+group.
 """
 
 from __future__ import annotations

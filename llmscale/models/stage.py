@@ -1,6 +1,7 @@
 """One pipeline stage (or, interleaved, one model chunk) of a language model, from Megatron-core's parts.
 
-Not GPTModel: Megatron-core 0.19 deprecates it, and here the parts are few: embedding, rotary positions, layers, output layer.
+Not GPTModel: Megatron-core 0.19 deprecates it, and here the parts are few: embedding, rotary positions, layers,
+output layer.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ class Stage(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = chunk if layout.virtual_pipeline > 1 else None
         self.pre_process = groups.position.pipeline == 0 and chunk == 0
-        self.post_process = (
-            groups.position.pipeline == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1
-        )
+        self.post_process = groups.position.pipeline == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1
         self.layers = layers
         self.tied = family.tied(model)
         self.rotary_pos_emb: RotaryEmbedding | None = None
@@ -100,9 +99,10 @@ class Stage(MegatronModule):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """tokens and labels: [micro_batch, sequence].
 
-        Returns what the next stage needs, [sequence, micro_batch, hidden] (under sequence parallelism this rank's part of the
-        sequence); on the last stage the loss of each token in nats, fp32 [micro_batch, sequence], or without labels this
-        rank's part of the logits, [sequence, micro_batch, padded_vocab / tensor], padding at minus infinity.
+        Returns what the next stage needs, [sequence, micro_batch, hidden] (under sequence parallelism this rank's
+        part of the sequence); on the last stage the loss of each token in nats, fp32 [micro_batch, sequence], or
+        without labels this rank's part of the logits, [sequence, micro_batch, padded_vocab / tensor], padding at
+        minus infinity.
         """
         hidden = None
         if self.pre_process:
@@ -141,10 +141,8 @@ class Stage(MegatronModule):
         return f"{head}{prefix}{self.layers[int(local)]}.{tail}"
 
 
-def build_stages(
-    model: Model, family: Family, training: Training, groups: Groups, seed: int
-) -> list[Stage]:
-    """This rank's stages (one, or virtual_pipeline chunks), with their initial weights. model.vocab_size must be set."""
+def build_stages(model: Model, family: Family, training: Training, groups: Groups, seed: int) -> list[Stage]:
+    """This rank's stages (one, or virtual_pipeline chunks), with initial weights. model.vocab_size must be set."""
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: it must be settled from the data before the model is built")
     config = transformer_config(model, family, training, groups.layout)

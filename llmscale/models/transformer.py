@@ -1,7 +1,7 @@
 """A run's config as Megatron-core's: its TransformerConfig and the spec of one layer.
 
-What is set here beyond the sizes is either speed (fusions, on a GPU only: they compile) or silently wrong otherwise; see the
-comments, the traps in docs/design.md, and tests/distributed/test_upstream.py.
+What is set here beyond the sizes is either speed (fusions, on a GPU only: they compile) or silently wrong otherwise;
+see the comments, the traps in docs/design.md, and tests/distributed/test_upstream.py.
 """
 
 from __future__ import annotations

@@ -41,4 +41,3 @@ def micro_batches(
     if device.type == "cuda":
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(training.micro_batch_size)]
-

@@ -1,9 +1,9 @@
 """One training step: Megatron-core's pipeline schedule, DeepSpeed's ZeRO, and `gradients.complete` between them.
 
-Gradients take one route on every layout: the schedule runs the backward passes, DeepSpeed accumulates and reduces them over
-data parallelism, and just before its optimizer steps, `gradients.complete` does the rest. For ZeRO-2 and 3 each micro-batch's
-backward must run DeepSpeed's prologue and epilogue; a hook on the stage's output sees to that, because a pipeline runs many
-backward passes in a row, which DeepSpeed's own hooks (armed by a forward) do not expect.
+Gradients take one route on every layout: the schedule runs the backward passes, DeepSpeed accumulates and reduces
+them over data parallelism, and just before its optimizer steps, `gradients.complete` does the rest. For ZeRO-2 and 3
+each micro-batch's backward must run DeepSpeed's prologue and epilogue; a hook on the stage's output sees to that,
+because a pipeline runs many backward passes in a row, which DeepSpeed's own hooks (armed by a forward) do not expect.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llmscale.training.zero import Zero
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """tokens and labels of one micro-batch, each int64 [micro_batch, sequence]."""
+CALMER = "lower optimizer.lr or lengthen schedule.warmup_steps, and resume"
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Engine:
             prologue()
 
         engine._backward_prologue = fresh_prologue
-        # Through the engine ZeRO-3 traces and prefetches, but its trace check is a world-wide collective in each forward:
-        # stages of a pipeline, which run different numbers of them at a time, would hang.
+        # Through the engine ZeRO-3 traces and prefetches, but its trace check is a world-wide collective in each
+        # forward: stages of a pipeline, which run different numbers of them at a time, would hang.
         traced = stage == 3 and self.groups.layout.pipeline == 1
         return [
             _Hooked(chunk, self._traced(index) if traced else self._direct(chunk, fresh_prologue))
@@ -164,15 +165,13 @@ class Engine:
         dist.all_reduce(total, group=self.groups.world)
         loss = float(total) / (self.groups.layout.tensor * self.groups.layout.data)
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss}; lower optimizer.lr or lengthen schedule.warmup_steps, and resume")
+            raise TrainingError(f"the loss is {loss}; {CALMER}")
         return loss
 
     def _complete(self, buffers: list[GradientBuffers]) -> None:
         self._grad_norm = complete(buffers, self.groups, self.clip)
         if not math.isfinite(self._grad_norm):
-            raise TrainingError(
-                f"the gradient's norm is {self._grad_norm}; lower optimizer.lr or lengthen schedule.warmup_steps, and resume"
-            )
+            raise TrainingError(f"the gradient's norm is {self._grad_norm}; {CALMER}")
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of the next step, for all parameter groups."""

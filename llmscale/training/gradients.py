@@ -1,16 +1,19 @@
 """What must happen to gradients between DeepSpeed's data-parallel reduction and the optimizer, and why.
 
-DeepSpeed knows data parallelism. What it does not know, it gets wrong in silence, so here stands, for every ZeRO stage alike:
-1. weights that each tensor-parallel rank saw on a part of the sequence only (norms and row-parallel biases under sequence
-   parallelism): sum over the tensor-parallel group - else the norm is 3 % off and the copies drift apart;
-2. a tied embedding on the first and the last stage: sum over the two - and count it once in the norm (else 18 % too large);
-3. ZeRO-0: the mean over the data-parallel group, in fp32 (DeepSpeed's own ZeRO-0 in bf16 accumulates in bf16, 17 % off);
-4. the true global norm: each weight once over all ranks, one all-reduce. DeepSpeed reduces once per parameter group, which
-   hangs when stages have unequal numbers of them;
+DeepSpeed knows data parallelism. What it does not know, it gets wrong in silence, so here stands, for every ZeRO
+stage alike:
+1. weights that each tensor-parallel rank saw on a part of the sequence only (norms and row-parallel biases under
+   sequence parallelism): sum over the tensor-parallel group - else the norm is 3 % off and the copies drift apart;
+2. a tied embedding on the first and the last stage: sum over the two - and count it once in the norm (else 18 % too
+   large);
+3. ZeRO-0: the mean over the data-parallel group, in fp32 (DeepSpeed's own ZeRO-0 in bf16 accumulates in bf16, 17 %
+   off);
+4. the true global norm: each weight once over all ranks, one all-reduce. DeepSpeed reduces once per parameter group,
+   which hangs when stages have unequal numbers of them;
 5. clipping by that norm.
 
-Weights that need the same treatment share a parameter group of the optimizer: partitions then line up across the ranks that
-are summed over, and one collective on the partition serves ZeRO-1, 2 and 3.
+Weights that need the same treatment share a parameter group of the optimizer: partitions then line up across the
+ranks that are summed over, and one collective on the partition serves ZeRO-1, 2 and 3.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ class GradientBuffers:
 def kind_of(weight: Weight, parameter: torch.nn.Parameter, stage: Stage, groups: Groups) -> Kind:
     """How the gradient of a weight must be treated.
 
-    cut: each tensor-parallel rank has its own part. copied: all ranks have the same weight and gradient. partial: the same
-    weight, and a gradient that must be summed. tied: an embedding that lives on two stages.
+    cut: each tensor-parallel rank has its own part. copied: all ranks have the same weight and gradient. partial: the
+    same weight, and a gradient that must be summed. tied: an embedding that lives on two stages.
     """
     if stage.tied and weight.name == EMBEDDING and groups.layout.pipeline > 1:
         return "tied"

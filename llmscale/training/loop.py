@@ -1,7 +1,7 @@
 """The training loop: batches in, steps done, figures and checkpoints out. It knows neither models nor DeepSpeed.
 
-A step's batch, its learning rate and its dropout follow from the step's number (and the random state), so a run that was
-stopped and resumed is the run that was not.
+A step's batch, its learning rate and its dropout follow from the step's number (and the random state), so a run that
+was stopped and resumed is the run that was not.
 """
 
 from __future__ import annotations
@@ -82,4 +82,3 @@ def train(
 def _due(step: int, interval: int, steps: int) -> bool:
     """Every `interval` steps and at the end; never when it is 0."""
     return interval > 0 and (step % interval == 0 or step == steps)
-

@@ -1,7 +1,8 @@
 """The optimizer under ZeRO. DeepSpeed hands it flat fp32 partitions, so it must work element by element.
 
 That rules Muon out: it orthogonalises whole matrices, and DeepSpeed 0.19.8 refuses its own under model parallelism.
-Fused kernels where torch has them: on a GPU, and on a CPU too, where AdamW over 32M weights takes 40 ms in place of 171 (one core).
+Fused kernels where torch has them: on a GPU, and on a CPU too, where AdamW over 32M weights takes 40 ms in place of
+171 (one core).
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def versions() -> dict[str, str]:
 def memory(engine: Engine, moments: int) -> Memory:
     """Memory of this rank. moments: fp32 numbers the optimizer keeps for each weight.
 
-    ZeRO-0 and 1 keep fp32 gradients of all local weights, ZeRO-2 and 3 of the owned part; ZeRO-3 keeps the owned part of the
-    compute weights. The optimizer's part is the fp32 master weights and the moments of what is owned.
+    ZeRO-0 and 1 keep fp32 gradients of all local weights, ZeRO-2 and 3 of the owned part; ZeRO-3 keeps the owned part
+    of the compute weights. The optimizer's part is the fp32 master weights and the moments of what is owned.
     """
     parameters = [parameter for stage in engine.stages for parameter in stage.parameters()]
     stage = engine.groups.layout.zero_stage
@@ -87,10 +87,11 @@ def start_report(
         "norm": f"torch {'LayerNorm' if family.norm == 'layernorm' else 'RMSNorm'}",
         "precision": _precision(training.precision),
         "ZeRO": f"stage {layout.zero_stage}{offload}",
-        "batch": f"{training.global_batch_size} sequences = {training.global_batch_size * config.data.sequence_length:,} "
-        f"tokens a step; {accumulation} a data-parallel rank",
-        "memory": f"largest rank: parameters {largest.parameters_gib:.3f} GiB, gradients {largest.gradients_gib:.3f} GiB, "
-        f"optimizer {largest.optimizer_gib:.3f} GiB; activations on top",
+        "batch": f"{training.global_batch_size} sequences = "
+        f"{training.global_batch_size * config.data.sequence_length:,} tokens a step; "
+        f"{accumulation} a data-parallel rank",
+        "memory": f"largest rank: parameters {largest.parameters_gib:.3f} GiB, "
+        f"gradients {largest.gradients_gib:.3f} GiB, optimizer {largest.optimizer_gib:.3f} GiB; activations on top",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -68,7 +69,9 @@ def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
     for part in (stream, validation):
         if part is not None and vocab_size is not None and part.vocab_size > vocab_size:
             reason = f"{vocab_size} is smaller than the data's vocabulary, {part.vocab_size}"
-            raise ConfigError(str(path), [Problem("model.vocab_size", reason, f"use at least {part.vocab_size}, or null")])
+            raise ConfigError(
+                str(path), [Problem("model.vocab_size", reason, f"use at least {part.vocab_size}, or null")]
+            )
     model = config.model.model_copy(update={"vocab_size": vocab_size or stream.vocab_size})
     config = config.model_copy(update={"model": model})
     layout = Layout.of(config, world_size, deepspeed.stage)
@@ -108,10 +111,14 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     checkpoint = find(config.checkpoint.resume, folder)
     done = _resume(engine, checkpoint, run, launch.rank) if checkpoint is not None else 0
     described = {**asdict(run.layout), "data": run.layout.data}
-    lines = report.start_report(config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer))
+    lines = report.start_report(
+        config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
+    )
     recorder = stack.enter_context(Recorder(config, run.family, lines, device, output, done, launch))
     if launch.rank == 0:
         dump(config, output / "config.yaml")
+        # Beside the checkpoints, so that they can be used where the data is not.
+        shutil.copyfile(config.data.tokenizer or run.train.tokenizer, output / "tokenizer.json")
     if checkpoint is not None:
         recorder.note(f"resumed from {checkpoint.path} at step {done}{_changes(checkpoint, described)}")
 
@@ -126,8 +133,9 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         return micro_batches(stream, step, config.training, run.layout, groups.position.data, device)
 
     def validation() -> Iterator[list[Batch]]:
-        for number in range(config.training.validation_batches if run.validation else 0):
-            yield batch(run.validation, number)
+        for number in range(config.training.validation_batches):
+            if run.validation is not None:
+                yield batch(run.validation, number)
 
     def rate(step: int) -> float:
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
@@ -152,7 +160,11 @@ def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:
     """What of the layout is not as it was saved, in words; "" where all is the same."""
     saved = checkpoint.manifest["layout"]
     changed = [name for name, value in described.items() if _plain(value) != saved.get(name)]
-    return f", on another layout ({', '.join(f'{n} {saved.get(n)} -> {described[n]}' for n in changed)})" if changed else ""
+    return (
+        f", on another layout ({', '.join(f'{n} {saved.get(n)} -> {described[n]}' for n in changed)})"
+        if changed
+        else ""
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -160,7 +172,7 @@ def _plain(value: Any) -> Any:
 
 
 def manifest(config: RunConfig, step: int, layout: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint says besides its tensors. tokens and sequences: seen so far; the latter is the data's position."""
+    """What a checkpoint says besides its tensors. tokens, sequences: seen so far; the latter is the data's position."""
     sequences = step * config.training.global_batch_size
     return {
         "tokens": sequences * config.data.sequence_length,

@@ -1,7 +1,7 @@
 """The state of a run in memory, as a checkpoint's fragments, and back.
 
-Weights and optimizer state are copied to and from where DeepSpeed keeps them; random state belongs to a rank, and is restored
-where the layout is the same.
+Weights and optimizer state are copied to and from where DeepSpeed keeps them; random state belongs to a rank, and is
+restored where the layout is the same.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def _parts(engine: Engine) -> Iterator[tuple[Fragment, Owned]]:
     weights = {id(parameter): weight for stage in engine.stages for weight, parameter in stage.weights()}
     for owned in engine.zero.owned():
         weight = weights[id(owned.parameter)]
-        yield Fragment(
-            weight, groups.position.tensor, groups.layout.tensor, owned.start, {WEIGHT: owned.master}
-        ), owned
+        yield Fragment(weight, groups.position.tensor, groups.layout.tensor, owned.start, {WEIGHT: owned.master}), owned
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO optimizers through one face: where the gradients, master weights and optimizer state of this rank are.
+"""DeepSpeed's ZeRO optimizers through one face: where this rank's gradients, master weights and optimizer state are.
 
 All private DeepSpeed names (0.19.8) that llmscale relies on stand in this file. Three classes lie behind an engine:
 BF16_Optimizer (stage 1 in bf16), DeepSpeedZeroOptimizer (stage 1 in fp32, stage 2), DeepSpeedZeroOptimizer_Stage3.
@@ -50,7 +50,9 @@ class Zero:
         """Switch off DeepSpeed's gradient norm: `gradients.complete` has taken the true one, and clipped by it."""
         nothing = torch.zeros((), device=torch.cuda.current_device())
         if self.is_bf16:
-            self.optimizer.get_grads_for_norm = lambda for_clipping=False: [nothing] if for_clipping else ([nothing], {})
+            self.optimizer.get_grads_for_norm = lambda for_clipping=False: (
+                [nothing] if for_clipping else ([nothing], {})
+            )
         elif self.is_stage3:
             self.optimizer._get_norm_groups = lambda: [nothing]
         else:
@@ -94,7 +96,7 @@ class Zero:
         return found
 
     def end_step(self) -> None:
-        """Clear what stage 3 would add to: with several model chunks only the first one's gradients would be replaced."""
+        """Clear what stage 3 would add to: of several model chunks it replaces only the first one's gradients."""
         if self.is_stage3:
             for buffer in self._stage3_partitions().values():
                 buffer.zero_()
@@ -107,7 +109,9 @@ class Zero:
             return
         lists = self.optimizer.bf16_groups if self.is_bf16 else self.optimizer.bit16_groups
         flats = (
-            self.optimizer.fp32_groups_flat_partition if self.is_bf16 else self.optimizer.single_partition_of_fp32_groups
+            self.optimizer.fp32_groups_flat_partition
+            if self.is_bf16
+            else self.optimizer.single_partition_of_fp32_groups
         )
         for parameters, flat in zip(lists, flats, strict=True):
             for parameter in parameters:

@@ -14,7 +14,7 @@ VOCAB = 100
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token shards of 30,000 tokens in documents of all lengths, vocabulary 100; the next token follows from the last two."""
+    """Shards of 30,000 tokens in documents of all lengths, vocabulary 100; a token follows from the last two."""
     folder = tmp_path_factory.mktemp("corpus") / "train"
     folder.mkdir()
     draw = np.random.default_rng(0)

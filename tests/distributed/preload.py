@@ -1,10 +1,10 @@
-"""What the fork server imports once: everything heavy. One thread a process, as in real runs of several on a few cores."""
+"""What the fork server imports once: everything heavy. One thread a process: several share a few cores."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 

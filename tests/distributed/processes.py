@@ -1,7 +1,7 @@
 """Run a function in N real processes that meet over gloo.
 
-A fork server imports torch, DeepSpeed and Megatron-core once; every test's processes are forked from it, clean and in a tenth
-of a second, in place of six seconds of imports a process.
+A fork server imports torch, DeepSpeed and Megatron-core once; every test's processes are forked from it, clean and in
+a tenth of a second, in place of six seconds of imports a process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Outcome:
     output: str
 
 
-def in_processes(world_size: int, function: Callable[..., Any], *arguments: Any, environment: Any = None) -> list[Outcome]:
+def in_processes(
+    world_size: int, function: Callable[..., Any], *arguments: Any, environment: Any = None
+) -> list[Outcome]:
     """Run function(*arguments) in `world_size` processes, with a torchrun-like environment each.
 
     `environment(rank)` adds to a process's variables. Fails where a process raises anything but SystemExit.

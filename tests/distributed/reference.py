@@ -1,7 +1,7 @@
 """The reference of the layout matrix: one process, plain PyTorch, nothing of Megatron-core or DeepSpeed.
 
-GPT-2-like and Llama-like models written out from their definitions, torch's AdamW in fp32 with clipping. In bf16 it computes
-with a bf16 copy of fp32 master weights, and adds the gradients of micro-batches in fp32.
+GPT-2-like and Llama-like models written out from their definitions, torch's AdamW in fp32 with clipping. In bf16 it
+computes with a bf16 copy of fp32 master weights, and adds the gradients of micro-batches in fp32.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _rate(config: RunConfig, step: int) -> float:
 
 
 def train(config: RunConfig, batches: Iterator[torch.Tensor]) -> tuple[list[ReferenceStep], Weights]:
-    """Train on batches of int64 [global_batch, sequence + 1]. Returns every step, and the fp32 weights after the last."""
+    """Train on batches of int64 [global_batch, sequence + 1]. Returns every step, and the last fp32 weights."""
     bf16, micro = config.training.precision == "bf16", config.training.micro_batch_size
     initial = initial_weights(config)
     masters = {n: torch.nn.Parameter(w.bfloat16().float() if bf16 else w) for n, w in initial.items()}

@@ -1,7 +1,7 @@
 """The layout matrix: every layout of the table trains as one process of plain PyTorch does.
 
-Through the public path: a YAML file and the command line in, metrics.jsonl and a checkpoint out. Tolerances are those of
-docs/design.md: fp32 loss and gradient norm 1e-5 relative, weights 5e-5; bf16 see BF16_TOLERANCE.
+Through the public path: a YAML file and the command line in, metrics.jsonl and a checkpoint out. Tolerances are those
+of docs/design.md: fp32 loss and gradient norm 1e-5 relative, weights 5e-5; bf16 see BF16_TOLERANCE.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def run_config(case: Case, data: Path, output: Path, precision: str, batch: int 
             "steps": STEPS, "global_batch_size": batch, "micro_batch_size": 1, "precision": precision,
             "gradient_clipping": 0.5, "recompute": case.recompute,
         },
-        # The gradient of a key's bias is zero (softmax does not see it): what is left is rounding, 1e-9, which Adam would
-        # blow up to a whole step with its usual epsilon of 1e-8.
+        # The gradient of a key's bias is zero (softmax does not see it): what is left is rounding, 1e-9, which Adam
+        # would blow up to a whole step with its usual epsilon of 1e-8.
         "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5},
         "schedule": {"name": "cosine", "warmup_steps": 2},
         "deepspeed": zero,
@@ -109,8 +109,8 @@ def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, tmp_path:
 
 
 # bf16: one flipped bit of a bf16 activation is 4e-3 of it, so weights are compared by the size of the whole update,
-# ||w - w_ref|| / ||w_ref - w_0||. Without tensor parallelism the arithmetic is the reference's own up to the order of its
-# matrix products; tensor parallelism rounds partial sums to bf16 before they are added.
+# ||w - w_ref|| / ||w_ref - w_0||. Without tensor parallelism the arithmetic is the reference's own up to the order of
+# its matrix products; tensor parallelism rounds partial sums to bf16 before they are added.
 BF16_TOLERANCE = {"loss": 2e-3, "norm": 2e-2, "update": 6e-2}
 
 

@@ -2,6 +2,4 @@
 
 from llmscale.models.family import Family
 
-FAMILY = Family(
-    name="gpt2", norm="layernorm", activation="gelu", positions="learned", bias=True, tie_embeddings=True
-)
+FAMILY = Family(name="gpt2", norm="layernorm", activation="gelu", positions="learned", bias=True, tie_embeddings=True)

@@ -2,6 +2,4 @@
 
 from llmscale.models.family import Family
 
-FAMILY = Family(
-    name="llama", norm="rmsnorm", activation="swiglu", positions="rope", bias=False, tie_embeddings=False
-)
+FAMILY = Family(name="llama", norm="rmsnorm", activation="swiglu", positions="rope", bias=False, tie_embeddings=False)

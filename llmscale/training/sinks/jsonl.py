@@ -1,0 +1,67 @@
+"""metrics.jsonl: one JSON object a row, the record of a run that plots and tests read.
+
+Floats are written as `repr` writes them, so that two equal runs have equal rows, bit for bit; a number that is not
+finite, which JSON has no word for, is null. Each row is flushed: a run that is killed loses none that it printed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO
+
+from llmscale.errors import LlmscaleError
+from llmscale.training.sinks.base import Row
+
+
+class Jsonl:
+    """Appends to a file. done: steps that the run has behind it; rows of later steps are dropped first."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """
+        Raises:
+            LlmscaleError: the file is there and holds something else than rows.
+        """
+        if path.exists():
+            _keep(path, done)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        """Write one row."""
+        finite = {name: None if _strange(value) else value for name, value in row.items()}
+        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _strange(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _keep(path: Path, done: int) -> None:
+    """Cut the file down to the rows up to step `done`, which stay byte for byte: all of it or none of it is cut."""
+    before = path.read_bytes()
+    kept = []
+    for number, line in enumerate(before.splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue  # A run that was killed in the middle of a row.
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            raise LlmscaleError(f"{path}: line {number} is no row of metrics; move the file away to go on") from None
+        if step <= done:
+            kept.append(line)
+    after = b"".join(kept)
+    if after == before:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(after)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,132 @@
+"""Stop at any step, resume: the metrics and weights are those of the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from llmscale.checkpoint.format import Checkpoint
+from tests.distributed.layouts import Case
+from tests.distributed.processes import command, in_processes
+from tests.distributed.test_matrix import run_config, train
+
+STEPS = 6
+SAME = ("step", "tokens", "loss", "grad_norm", "learning_rate")
+
+
+def config_of(case: Case, corpus: Path, output: Path, precision: str) -> dict[str, Any]:
+    config = run_config(case, corpus, output, precision)
+    config["model"]["dropout"] = 0.1
+    config["training"]["steps"] = STEPS
+    config["checkpoint"] = {"interval": 1}
+    return config
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in SAME} for row in rows]
+
+
+def assert_equal_state(one: Checkpoint, two: Checkpoint) -> None:
+    assert one.states == two.states and set(one.index) == set(two.index)
+    for name in one.weights:
+        for state in one.states:
+            assert torch.equal(one.whole(name, state), two.whole(name, state)), f"{name} {state}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, False, 1, 1, 2, zero=0),
+        Case(2, True, 1, 1, 2, zero=1, family="gpt2", tied=True),
+        Case(1, False, 2, 2, 2, zero=2),
+        Case(2, False, 2, 1, 1, zero=3, family="gpt2"),
+        Case(1, False, 2, 1, 2, zero=2, tied=True, offload=True),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(case: Case, precision: str, corpus: Path, tmp_path: Path) -> None:
+    whole = config_of(case, corpus, tmp_path / "whole", precision)
+    train(whole, case.world_size, tmp_path)
+    # As if it had been killed after step 4, with the newest save at step 3.
+    stopped = config_of(case, corpus, tmp_path / "stopped", precision)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "stopped" / "metrics.jsonl").write_text("".join(lines[:4]))
+    _, resumed = train(stopped, case.world_size, tmp_path)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    assert len(rows_of(tmp_path / "whole")) == STEPS
+    assert_equal_state(resumed, Checkpoint(tmp_path / "whole" / "checkpoints" / f"step_{STEPS:08d}"))
+
+
+def test_resume_takes_the_newest_whole_checkpoint_and_says_which_it_passed_over(corpus: Path, tmp_path: Path) -> None:
+    config = config_of(Case(1, False, 1, 1, 2, zero=2), corpus, tmp_path / "run", "fp32")
+    train(config, 2, tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    broken = folder / f"step_{STEPS:08d}" / "rank_00001.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-10])
+    (folder / "step_00000005" / "manifest.json").unlink()
+    (folder / ".step_00000007.tmp").mkdir()
+    path = tmp_path / "run.yaml"
+    outcomes = in_processes(2, command, "pretrain", str(path))
+    output = " ".join(outcome.output for outcome in outcomes)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    assert "rank_00001.safetensors" in output and "no manifest.json" in output
+    assert "step_00000004 at step 4" in output.replace("\n", "")
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_keep_prunes_the_oldest(corpus: Path, tmp_path: Path) -> None:
+    config = config_of(Case(), corpus, tmp_path / "run", "fp32")
+    config["checkpoint"] = {"interval": 1, "keep": 2}
+    train(config, 1, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000005", "step_00000006"]
+
+
+def test_a_run_of_another_model_is_refused_before_a_weight_is_touched(corpus: Path, tmp_path: Path) -> None:
+    config = config_of(Case(), corpus, tmp_path / "run", "fp32")
+    train(config, 1, tmp_path)
+    config["model"]["hidden_size"] = 64
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (outcome,) = in_processes(1, command, "pretrain", str(tmp_path / "run.yaml"))
+    assert outcome.exit_code == 1
+    assert "of another model" in outcome.output and "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize("precision", ["fp32"])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (Case(2, True, 1, 1, 1, zero=1), Case(1, False, 2, 1, 1, zero=2)),
+        (Case(1, False, 2, 2, 2, zero=3), Case(2, True, 2, 1, 1, zero=1)),
+        (Case(1, False, 1, 1, 2, zero=2, offload=True), Case(1, False, 4, 1, 1, zero=3)),
+        (Case(4, True, 1, 1, 1, zero=0), Case(1, zero=1)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_run_resumes_on_another_layout(
+    before: Case, after: Case, precision: str, corpus: Path, tmp_path: Path
+) -> None:
+    whole = config_of(before, corpus, tmp_path / "whole", precision)
+    moved = config_of(after, corpus, tmp_path / "moved", precision)
+    for config in (whole, moved):
+        config["model"]["dropout"] = 0.0
+        config["model"]["tie_embeddings"] = True
+    train(whole, before.world_size, tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "moved" / "checkpoints" / f"step_{step:08d}")
+    train(moved, after.world_size, tmp_path)
+    for one, two in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "moved"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["learning_rate"] == one["learning_rate"]
