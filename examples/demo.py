@@ -8,6 +8,7 @@ two curves should lie on each other. Every step is a command that you can type y
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -27,13 +28,15 @@ RUNS = {
     "tensor-parallel": ["parallel.tensor=2", "parallel.pipeline=1"],
     "pipeline-parallel": ["parallel.tensor=1", "parallel.pipeline=2"],
 }
+PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest xml".split()
+"""Besides the library's own modules; its tests and what was installed are left out."""
 PROMPT = "def read_"
 
 
 def run(*words: str) -> None:
     """Show a command, and run it; its failure ends the demo."""
-    print("\n$ " + shlex.join(["llmscale" if word == "-m llmscale" else word for word in words]), flush=True)
-    code = subprocess.run([sys.executable, "-m", *words]).returncode
+    print("\n$ " + shlex.join(("torchrun", *words[1:]) if words[0] == "torch.distributed.run" else words), flush=True)
+    code = subprocess.run([sys.executable, "-m", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code:
         sys.exit(f"demo: that command failed with exit code {code}; its last lines above say why")
 
@@ -65,12 +68,9 @@ def main() -> None:
     print(f"The text: the Python sources of this Python's standard library, {library}")
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
-    folders = [str(path) for path in sorted(Path(library).iterdir()) if path.name not in ("site-packages", "test")]
-    sources = [path for path in folders if path.endswith(".py") or Path(path).is_dir()]
-    text = [*sources, "--suffix", ".py"]
     tokenizer, data = OUTPUT / "tokenizer.json", OUTPUT / "data"
-    inputs = ["--input", *text]
-    run("llmscale", "data", "tokenizer", *inputs, "--vocab-size", "4096", "--output", str(tokenizer))
+    inputs = ["--input", f"{library}/*.py", *(f"{library}/{name}" for name in PACKAGES), "--suffix", ".py"]
+    run("llmscale", "data", "tokenizer", *inputs, "--vocab-size", "2048", "--output", str(tokenizer))
     run("llmscale", "data", "build", *inputs, "--tokenizer", str(tokenizer), "--output", str(data),
         "--validation-fraction", "0.05")  # fmt: skip
     for name, layout in RUNS.items():

@@ -34,6 +34,9 @@ def command(
     """Generate text from CHECKPOINT: a step's folder, or a run directory for its newest."""
     from llmscale.checkpoint.retention import find
     from llmscale.data.tokenizer import Tokenizer
+    from llmscale.distributed.launch import quiet_imports
+
+    quiet_imports()
     from llmscale.inference.model import open_model
     from llmscale.inference.sample import Sampling, sample
 

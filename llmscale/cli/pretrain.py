@@ -22,12 +22,14 @@ def command(config: Path, overrides: tuple[str, ...], local_rank: int | None) ->
     goes on from its newest whole checkpoint when it is started again.
     """
     from llmscale.config.load import load
-    from llmscale.distributed.launch import Launch
+    from llmscale.distributed.launch import Launch, quiet_imports
     from llmscale.distributed.layout import problems
 
     launch = Launch.from_environment()
     try:
         loaded = load(config, overrides, launch.world_size, problems)
+        launch.export()
+        quiet_imports()
         from llmscale.training.run import prepare, pretrain
 
         pretrain(prepare(loaded, config, launch.world_size), launch)

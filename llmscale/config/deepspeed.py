@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmscale.config import shipped
+from llmscale.config.deepspeed_keys import AUTO, FIXED, FOLLOWS, PASSED, shown, sound
 from llmscale.config.schema import RunConfig
 from llmscale.errors import ConfigError, Problem
 
-AUTO = "auto"
+EXAMPLE = '{"zero_optimization": {"stage": 1}}'
 KEY = "deepspeed"
 
 
@@ -57,36 +59,58 @@ def find(name: str, beside: Path | None) -> Path:
         ConfigError: it is in none of them.
     """
     packaged = shipped.folder("ds_configs")
-    places = [Path(name)] if Path(name).is_absolute() else [
-        *([beside / name] if beside else []), Path(name), packaged / name, packaged.parent / name
-    ]  # fmt: skip
+    places = [packaged / name, packaged.parent / name]
+    looked = " beside the config, in the working folder or among the packaged files"
+    if Path(name).is_absolute():
+        places, looked = [Path(name)], ""
+    else:
+        places = [*([beside / name] if beside else []), Path(name), *places]
     for place in places:
-        if place.is_file():
+        # Not Path.is_file, which raises where a name is too long or a folder may not be read.
+        if os.path.isfile(place):
             return place
+    if any(os.path.isdir(place) for place in places):
+        raise ConfigError(name, [Problem(KEY, f"{name!r} is a folder", "name a JSON file in it")])
     names = sorted(path.name for path in packaged.glob("*.json"))
     close = difflib.get_close_matches(Path(name).name, names, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]}? Packaged are {', '.join(names)}" if close else f"packaged are {', '.join(names)}"
-    where = "beside the config, in the working folder and among the packaged files"
-    raise ConfigError(name, [Problem(KEY, f"no file {name!r}, looked for {where}", fix)])
+    packaged_names = f"packaged: {', '.join(names)}"
+    fix = f"did you mean {close[0]}? ({packaged_names})" if close else packaged_names
+    raise ConfigError(name, [Problem(KEY, f"no file {shown(name)}{looked}", fix)])
 
 
 def read(name: str, beside: Path | None) -> File:
     """Find and parse a DeepSpeed file.
 
     Raises:
-        ConfigError: there is none, or it is not JSON with a mapping at the top.
+        ConfigError: there is none, or it is not JSON with an object at the top.
     """
     path = find(name, beside)
+
+    def refuse(reason: str, fix: str) -> ConfigError:
+        return ConfigError(name, [Problem(KEY, f"{path}: {reason}", fix)])
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
+        if not text.strip():
+            raise refuse("it is empty", f"e.g. {EXAMPLE}") from None
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(name, [Problem(KEY, f"{path}: not valid JSON at {where}: {error.msg}", "mend it")]) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(name, [Problem(KEY, f"{path}: cannot be read: {error}", "mend it")]) from None
+        raise refuse(f"not valid JSON at {where}: {error.msg}", "mend it there") from None
+    except UnicodeDecodeError as error:
+        raise refuse(f"it is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+    except OSError as error:
+        raise refuse(f"it cannot be read: {error.strerror}", "name a readable file") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise refuse(f"not valid JSON: {reason}", "mend it") from None
     if not isinstance(content, dict):
-        raise ConfigError(name, [Problem(KEY, f"{path}: a JSON object is wanted", 'e.g. {"zero_optimization": {"stage": 1}}')])
+        raise refuse(f"a JSON object is wanted, not {shown(content)}", f"e.g. {EXAMPLE}")
     return File(path, content)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,7 +124,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def stage_of(file: File) -> int:
     """The file's ZeRO stage; 1 where it is not a stage (which `problems` reports)."""
     stage = _zero(file).get("stage", 0)
-    return stage if stage in (0, 1, 2, 3) and not isinstance(stage, bool) else 1
+    return int(stage) if stage in (0, 1, 2, 3) and not isinstance(stage, bool) else 1
 
 
 def _zero(file: File) -> dict[str, Any]:
@@ -114,113 +138,17 @@ def _device(file: File, part: str) -> str | None:
     return None if device in (None, "none") else str(device)
 
 
-@dataclass(frozen=True)
-class Follows:
-    """A value of the file that follows from the run's config: "auto", or equal to it."""
-
-    path: tuple[str, ...]
-    key: str
-    value: Callable[[Mapping[str, Any]], Any]
-
-
-FOLLOWS: tuple[Follows, ...] = (
-    Follows(("train_batch_size",), "training.global_batch_size", lambda c: c["training"].global_batch_size),
-    Follows(("train_micro_batch_size_per_gpu",), "training.micro_batch_size", lambda c: c["training"].micro_batch_size),
-    Follows(("gradient_clipping",), "training.gradient_clipping", lambda c: c["training"].gradient_clipping),
-    Follows(("bf16", "enabled"), "training.precision", lambda c: c["training"].precision == "bf16"),
-    Follows(("optimizer", "params", "lr"), "optimizer.lr", lambda c: c["optimizer"].lr),
-    Follows(("optimizer", "params", "betas"), "optimizer.betas", lambda c: list(c["optimizer"].betas)),
-    Follows(("optimizer", "params", "eps"), "optimizer.eps", lambda c: c["optimizer"].eps),
-    Follows(("optimizer", "params", "weight_decay"), "optimizer.weight_decay", lambda c: c["optimizer"].weight_decay),
-)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A value that the engine needs as it is: "auto", or this one."""
-
-    path: tuple[str, ...]
-    value: Any
-    reason: str
-
-
-FIXED: tuple[Fixed, ...] = (
-    Fixed(("gradient_accumulation_steps",), 1, "Megatron's schedule accumulates, and divides by the micro-batches"),
-    Fixed(("managed_gradient_accumulation",), False, "llmscale decides when a step ends"),
-    Fixed(("communication_data_type",), "fp32", "gradients in bf16 are 1.4e-2 of an update off"),
-    Fixed(("data_types", "grad_accum_dtype"), "fp32", "gradients added in bf16 are 1.4e-2 of an update off"),
-    Fixed(("bf16", "immediate_grad_update"), True, "without it ZeRO-1 in bf16 accumulates nothing under a pipeline"),
-    Fixed(("fp16", "enabled"), False, "fp16 with loss scaling is not built; use training.precision bf16"),
-    Fixed(("prescale_gradients",), False, "the mean is taken once, after the reduction"),
-    Fixed(("sparse_gradients",), False, "embeddings have dense gradients here"),
-    Fixed(("zero_allow_untested_optimizer",), True, "the optimizer is torch's"),
-    Fixed(("zero_force_ds_cpu_optimizer",), False, "the optimizer is torch's fused one on the CPU as well"),
-    Fixed(("zero_optimization", "zero_quantized_weights"), False, "ZeRO++ is not tested"),
-    Fixed(("zero_optimization", "zero_quantized_gradients"), False, "ZeRO++ is not tested"),
-    Fixed(("zero_optimization", "zero_hpz_partition_size"), 1, "ZeRO++ is not tested"),
-    Fixed(("zero_optimization", "round_robin_gradients"), False, "partitions must line up over tensor-parallel ranks"),
-)
-PASSED = {"wall_clock_breakdown", "memory_breakdown", "steps_per_print", "comms_logger", "aio", "dump_state"}
-"""Top-level keys that go to DeepSpeed as they are."""
-REFUSED = {
-    "scheduler": "the learning rate is the run's: see the section schedule",
-    "pipeline": "the pipeline is Megatron's: see parallel.pipeline",
-    "activation_checkpointing": "recomputation is Megatron's: see training.recompute",
-    "tensorboard": "figures are the run's: see logging.tensorboard",
-    "wandb": "figures are the run's: see logging.wandb",
-    "autotuning": "llmscale does not autotune",
-    "elasticity": "a resumed run keeps its global batch on any number of ranks by itself",
-}
-ZERO_KEYS = {
-    "stage", "offload_optimizer", "offload_param", "overlap_comm", "contiguous_gradients", "reduce_scatter",
-    "reduce_bucket_size", "allgather_partitions", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "round_robin_gradients",
-    "zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size", "use_multi_rank_bucket_allreduce",
-    "memory_efficient_linear", "ignore_unused_parameters",
-}  # fmt: skip
-
-
 def problems(file: File, config: Mapping[str, Any]) -> list[Problem]:
     """All that is wrong with a file for this run. config: the sections of the run's config that are valid, by name."""
-    found = [*_unknown_keys(file), *_shapes(file)]
-    if found:
-        return found
-    return [*_follow_problems(file, config), *_fixed_problems(file), *_zero_problems(file)]
+    # The rules look at what is sound: over a value of the wrong type they would say the same again, or nonsense.
+    content, wrong = sound(file.content)
+    found = [_problem(file, path, reason, fix) for path, reason, fix in wrong]
+    checked = File(file.path, content)
+    return [*found, *_follow_problems(checked, config), *_fixed_problems(checked), *_zero_problems(checked)]
 
 
-def _problem(file: File, path: tuple[str, ...] | str, reason: str, fix: str) -> Problem:
-    name = path if isinstance(path, str) else ".".join(path)
-    return Problem(KEY, f"{file.path.name}: {name}: {reason}", fix)
-
-
-def _unknown_keys(file: File) -> Iterator[Problem]:
-    sections = {p.path[0] for p in (*FOLLOWS, *FIXED)} | {"zero_optimization"}
-    for key in file.content:
-        if key in REFUSED:
-            yield _problem(file, key, f"llmscale does not use it: {REFUSED[key]}", "remove it")
-        elif key not in sections | PASSED:
-            yield _unknown(file, key, key, sections | PASSED)
-    for key in _zero(file):
-        if key not in ZERO_KEYS:
-            yield _unknown(file, f"zero_optimization.{key}", key, ZERO_KEYS)
-
-
-def _unknown(file: File, where: str, key: str, known: set[str]) -> Problem:
-    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else "remove it"
-    return _problem(file, where, "is not a DeepSpeed key that llmscale knows", fix)
-
-
-def _shapes(file: File) -> Iterator[Problem]:
-    for key in ("zero_optimization", "bf16", "fp16", "data_types", "optimizer", "aio"):
-        value = file.content.get(key, {})
-        if not isinstance(value, dict):
-            yield _problem(file, key, f"a JSON object is wanted, not {value!r}", 'e.g. {"enabled": "auto"}')
-    for part in ("offload_optimizer", "offload_param"):
-        value = _zero(file).get(part, {})
-        if not isinstance(value, dict):
-            yield _problem(file, ("zero_optimization", part), f"a JSON object is wanted, not {value!r}", '{"device": "cpu"}')
+def _problem(file: File, path: tuple[str, ...], reason: str, fix: str) -> Problem:
+    return Problem(KEY, f"{file.path.name}: {'.'.join(path)}: {reason}", fix)
 
 
 def _get(content: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -241,10 +169,10 @@ def _follow_problems(file: File, config: Mapping[str, Any]) -> Iterator[Problem]
         if given != expected or isinstance(given, bool) is not isinstance(expected, bool):
             section, _, name = rule.key.partition(".")
             says = f"{rule.key} is {getattr(config[section], name)}"
-            yield _problem(file, rule.path, f"{json.dumps(given)}, but {says}", f'use "auto", or change {rule.key}')
+            yield _problem(file, rule.path, f"{shown(given)}, but {says}", f'use "auto", or change {rule.key}')
     kind = _get(file.content, ("optimizer", "type"))
     if kind != AUTO and "optimizer" in config and str(kind).lower() != config["optimizer"].name:
-        reason = f"{kind!r}, but optimizer.name is {config['optimizer'].name}"
+        reason = f"{shown(kind)}, but optimizer.name is {config['optimizer'].name}"
         yield _problem(file, ("optimizer", "type"), reason, 'use "auto", or change optimizer.name')
 
 
@@ -252,15 +180,15 @@ def _fixed_problems(file: File) -> Iterator[Problem]:
     for rule in FIXED:
         given = _get(file.content, rule.path)
         if given != AUTO and (given != rule.value or isinstance(given, bool) is not isinstance(rule.value, bool)):
-            reason = f"{json.dumps(given)}, and llmscale needs {json.dumps(rule.value)}: {rule.reason}"
+            reason = f"{shown(given)}, and llmscale needs {json.dumps(rule.value)}: {rule.reason}"
             yield _problem(file, rule.path, reason, f'use "auto" or {json.dumps(rule.value)}')
 
 
 def _zero_problems(file: File) -> Iterator[Problem]:
     zero, at = _zero(file), "zero_optimization"
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield _problem(file, (at, "stage"), f"{json.dumps(stage)} is no ZeRO stage", "use 0, 1, 2 or 3")
+    if stage not in (0, 1, 2, 3):
+        yield _problem(file, (at, "stage"), f"{shown(stage)} is no ZeRO stage", "use 0, 1, 2 or 3")
         return
     if zero.get("overlap_comm") is True and stage < 2:
         yield _problem(file, (at, "overlap_comm"), f"cannot be true under stage {stage}", "use false, or stage 2 or 3")
@@ -278,6 +206,15 @@ def _zero_problems(file: File) -> Iterator[Problem]:
             yield _problem(file, (at, part), "needs stage 1 or higher", "use stage 1, 2 or 3, or remove it")
 
 
+def _without_auto(content: dict[str, Any]) -> dict[str, Any]:
+    """Without what is "auto" still: there DeepSpeed's defaults hold."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if value != AUTO
+    }
+
+
 def resolve(config: RunConfig, beside: Path | None) -> DeepSpeedConfig:
     """The run's DeepSpeed file with every "auto" filled in.
 
@@ -290,8 +227,8 @@ def resolve(config: RunConfig, beside: Path | None) -> DeepSpeedConfig:
         raise ConfigError(config.deepspeed, found)
     stage = stage_of(file)
     bf16 = config.training.precision == "bf16"
-    zero = {key: value for key, value in _zero(file).items() if value != AUTO}
-    settings: dict[str, Any] = {key: value for key, value in file.content.items() if key in PASSED and value != AUTO}
+    given = _without_auto(file.content)
+    settings: dict[str, Any] = {key: value for key, value in given.items() if key in PASSED}
     settings.setdefault("steps_per_print", 2**31)
     settings |= {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
@@ -302,9 +239,10 @@ def resolve(config: RunConfig, beside: Path | None) -> DeepSpeedConfig:
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {**zero, "stage": max(stage, 1)},
+        "zero_optimization": {**given.get("zero_optimization", {}), "stage": max(stage, 1)},
     }
     if bf16:
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return DeepSpeedConfig(file.path, stage, _device(file, "offload_optimizer"), _device(file, "offload_param"), settings)
+    offload = _device(file, "offload_optimizer"), _device(file, "offload_param")
+    return DeepSpeedConfig(file.path, stage, *offload, settings)

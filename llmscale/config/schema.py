@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
+
+LARGEST = 2**31 - 1
+"""No size, count or step is larger; what is, is a typing error."""
 
 
-def _no_bool(value: Any) -> Any:
-    """YAML's true is Python's 1: a number that was written as a boolean is a mistake."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
+def _number(value: Any) -> Any:
+    """YAML's true is Python's 1, and pydantic reads "5" as 5: both are more often mistakes than meant."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("number_type", "a number is wanted")
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(_number), Field(le=LARGEST)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Strict()]
 
 
 class Section(BaseModel):
@@ -34,7 +39,7 @@ class Run(Section):
 
     name: str = Field("run", min_length=1, description="Name of the run, shown in logs and trackers.")
     output_dir: str = Field("runs/run", min_length=1, description="The run directory; made when it does not exist.")
-    seed: Int = Field(
+    seed: Annotated[int, BeforeValidator(_number)] = Field(
         1234, ge=0, lt=2**63, description="Seed of the initial weights, the data order and dropout."
     )
 
@@ -43,10 +48,12 @@ class Model(Section):
     """The model's architecture. `preset` fills in what is not given."""
 
     preset: str | None = Field(None, description="Name of a preset to start from; keys given beside it win.")
-    family: str = Field(description="Model family, a file in `llmscale/models/families/`: gpt2 or llama.")
-    num_layers: Int = Field(ge=1, description="Number of Transformer layers.")
-    hidden_size: Int = Field(ge=1, description="Width of the residual stream.")
-    num_attention_heads: Int = Field(ge=1, description="Number of query heads.")
+    family: str = Field(
+        description="Model family, a file in `llmscale/models/families/`: gpt2 or llama.", examples=["llama"]
+    )
+    num_layers: Int = Field(ge=1, description="Number of Transformer layers.", examples=[16])
+    hidden_size: Int = Field(ge=1, description="Width of the residual stream.", examples=[2048])
+    num_attention_heads: Int = Field(ge=1, description="Number of query heads.", examples=[32])
     num_query_groups: Int | None = Field(
         None, ge=1, description="Number of key/value heads (GQA); the number of heads when null."
     )
@@ -54,20 +61,29 @@ class Model(Section):
         None, ge=1, description="Size of one head; hidden_size / num_attention_heads when null."
     )
     ffn_hidden_size: Int | None = Field(
-        None, ge=1, description="Width of the MLP; when null 4 × hidden_size, or for SwiGLU 8/3 × hidden_size rounded up to 256."
+        None,
+        ge=1,
+        description="Width of the MLP; when null 4 × hidden_size, or for SwiGLU 8/3 × hidden_size, "
+        "rounded up to a multiple of 256.",
     )
     vocab_size: Int | None = Field(
-        None, ge=2, description="Number of token ids; the data's tokenizer decides when null. Padded inside, never seen in the loss."
+        None,
+        ge=2,
+        description="Number of token ids; the data's tokenizer decides when null. "
+        "Padded inside; the padding is never seen in the loss.",
     )
     max_position_embeddings: Int = Field(2048, ge=1, description="Longest sequence that the model is made for.")
-    tie_embeddings: bool | None = Field(
+    tie_embeddings: Bool | None = Field(
         None, description="Share the embedding with the output layer; the family decides when null."
     )
     dropout: Float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on embeddings, attention and residuals.")
     norm_eps: Float = Field(1e-5, gt=0.0, description="Epsilon of the norms.")
     rope_theta: Float = Field(10000.0, gt=0.0, description="Base of the rotary position embedding.")
     init_std: Float = Field(
-        0.02, gt=0.0, description="Standard deviation of initial weights; residual outputs get it divided by sqrt(2 × num_layers)."
+        0.02,
+        gt=0.0,
+        description="Standard deviation of initial weights; what writes into the residual stream gets it "
+        "divided by sqrt(2 × num_layers).",
     )
 
     @property
@@ -84,36 +100,39 @@ class Model(Section):
 class DataSource(Section):
     """One folder of shards."""
 
-    path: str = Field(min_length=1, description="Folder that `llmscale data build` wrote.")
+    path: str = Field(min_length=1, description="Folder that `llmscale data build` wrote.", examples=["data/train"])
     weight: Float = Field(1.0, gt=0.0, description="Share of the sequences, relative to the other sources.")
 
 
 class Data(Section):
     """What the model reads."""
 
-    train: tuple[DataSource, ...] = Field(min_length=1, description="Training sources.")
+    train: tuple[DataSource, ...] = Field(
+        min_length=1, description="Training sources.", examples=[[{"path": "data/train"}]]
+    )
     validation: tuple[DataSource, ...] = Field((), description="Validation sources.")
     tokenizer: str | None = Field(
         None, description="Path of a tokenizer.json; the one beside the first training source when null."
     )
-    sequence_length: Int = Field(ge=1, description="Tokens of one sequence that the model sees.")
-    mask_documents: bool = Field(False, description="Keep attention inside a document. Not built yet: must be false.")
+    sequence_length: Int = Field(ge=1, description="Tokens of one sequence that the model sees.", examples=[2048])
+    mask_documents: Bool = Field(False, description="Keep attention inside a document. Not built yet: must be false.")
 
 
 class Parallel(Section):
     """How the model is cut; data parallelism takes the ranks that are left."""
 
     tensor: Int = Field(1, ge=1, description="Tensor-parallel size.")
-    sequence_parallel: bool = Field(
+    sequence_parallel: Bool = Field(
         False, description="Cut norms and dropout along the sequence inside the tensor-parallel group."
     )
     pipeline: Int = Field(1, ge=1, description="Number of pipeline stages.")
     virtual_pipeline: Int = Field(
         1, ge=1, description="Model chunks a pipeline rank holds: above 1 the schedule is the interleaved one."
     )
-    stage_layers: tuple[Annotated[int, BeforeValidator(_no_bool), Field(ge=0)], ...] | None = Field(
+    stage_layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
         None,
-        description="Layers of each virtual stage in the order of the model (pipeline × virtual_pipeline numbers); as even as possible when null.",
+        description="Layers of each virtual stage in the order of the model (pipeline × virtual_pipeline numbers); "
+        "as even as possible when null.",
     )
     context: Int = Field(1, ge=1, description="Context-parallel size. Not built yet: must be 1.")
     expert: Int = Field(1, ge=1, description="Expert-parallel size. Not built yet: must be 1.")
@@ -122,11 +141,14 @@ class Parallel(Section):
 class Training(Section):
     """The loop."""
 
-    steps: Int = Field(ge=0, description="Optimizer steps of the whole run; 0 writes the initial weights and stops.")
-    global_batch_size: Int = Field(ge=1, description="Sequences of one optimizer step, over all ranks.")
+    steps: Int = Field(
+        ge=0, description="Optimizer steps of the whole run; 0 writes the initial weights and stops.", examples=[1000]
+    )
+    global_batch_size: Int = Field(ge=1, description="Sequences of one optimizer step, over all ranks.", examples=[256])
     micro_batch_size: Int = Field(1, ge=1, description="Sequences of one forward pass of one rank.")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: bf16 compute copy, fp32 master weights, fp32 gradient accumulation. fp32: all in fp32."
+        "bf16",
+        description="bf16: bf16 compute copy, fp32 master weights, fp32 gradient accumulation. fp32: all in fp32.",
     )
     gradient_clipping: Float = Field(
         1.0, ge=0.0, description="Largest global norm of the gradient (L2 over all ranks); 0 does not clip."
@@ -149,8 +171,8 @@ class Optimizer(Section):
     )
     lr: Float = Field(3e-4, gt=0.0, description="Peak learning rate.")
     betas: tuple[
-        Annotated[float, BeforeValidator(_no_bool), Field(ge=0.0, lt=1.0)],
-        Annotated[float, BeforeValidator(_no_bool), Field(ge=0.0, lt=1.0)],
+        Annotated[Float, Field(ge=0.0, lt=1.0)],
+        Annotated[Float, Field(ge=0.0, lt=1.0)],
     ] = Field((0.9, 0.95), description="Decay of the first and second moments.")
     eps: Float = Field(1e-8, gt=0.0, description="Epsilon of Adam's denominator.")
     weight_decay: Float = Field(0.1, ge=0.0, description="Weight decay of matrices and embeddings.")
@@ -173,7 +195,8 @@ class Checkpoint(Section):
     resume: str = Field(
         "auto",
         min_length=1,
-        description="auto: from the newest whole checkpoint of the run directory, if any; never; or a checkpoint's path.",
+        description="auto: from the newest whole checkpoint of the run directory, if there is one; never; "
+        "or the path of a checkpoint.",
     )
 
 
@@ -181,30 +204,26 @@ class Logging(Section):
     """Where the figures go besides metrics.jsonl."""
 
     interval: Int = Field(1, ge=1, description="Write metrics every so many steps.")
-    tensorboard: bool = Field(True, description="Write OUTPUT_DIR/tensorboard/.")
-    wandb: str | None = Field(None, description="Weights & Biases project; needs the package `wandb`. WANDB_MODE=offline works.")
+    tensorboard: Bool = Field(True, description="Write OUTPUT_DIR/tensorboard/.")
+    wandb: str | None = Field(
+        None, description="Weights & Biases project; needs the package `wandb`. WANDB_MODE=offline works."
+    )
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    run: Run = Field(default_factory=Run)  # type: ignore[arg-type]
+    run: Run = Field(default_factory=Run)
     model: Model
     data: Data
-    parallel: Parallel = Field(default_factory=Parallel)  # type: ignore[arg-type]
+    parallel: Parallel = Field(default_factory=Parallel)
     training: Training
-    optimizer: Optimizer = Field(default_factory=Optimizer)  # type: ignore[arg-type]
-    schedule: Schedule = Field(default_factory=Schedule)  # type: ignore[arg-type]
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
     deepspeed: str = Field(
-        "zero1.json", min_length=1,
+        "zero1.json",
+        min_length=1,
         description="DeepSpeed JSON: beside the config, in the working folder, or a packaged one.",
     )
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)  # type: ignore[arg-type]
-    logging: Logging = Field(default_factory=Logging)  # type: ignore[arg-type]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_mapping(cls, value: Any) -> Any:
-        if not isinstance(value, dict | RunConfig):
-            raise ValueError("a mapping of sections is wanted")
-        return value
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    logging: Logging = Field(default_factory=Logging)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,7 +96,11 @@ class Launch:
         return self
 
     def export(self, environment: MutableMapping[str, str] | None = None) -> None:
-        """Write the variables that torch and DeepSpeed read, so that neither goes looking for MPI."""
+        """Write the variables that torch, DeepSpeed and CUDA read, before any of them is imported.
+
+        Without them DeepSpeed goes looking for MPI; with more than one hardware queue a GPU may start Megatron's
+        matrix products before the communication that should run beside them.
+        """
         env = os.environ if environment is None else environment
         port = self.master_port or _free_port()
         env.update(
@@ -106,6 +111,10 @@ class Launch:
             MASTER_ADDR=self.master_address,
             MASTER_PORT=str(port),
         )
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if not _has_gpu():
+            # DeepSpeed would look for itself, and warn that it found none.
+            env.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def first_host(nodes: str) -> str:
@@ -154,6 +163,17 @@ def stop() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def quiet_imports() -> None:
+    """Leave out what Megatron-core warns of when it is imported: packages that `llmscale doctor` reports on."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -6,6 +6,7 @@ quote the table, `docs/layouts.md` prints it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -84,13 +85,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules look at. world_size is None where it is not known yet (a login node)."""
+    """What the rules look at. None: a family that there is not, a world size that is not known yet (a login node)."""
 
     model: Model
     data: Data
     parallel: Parallel
     training: Training
-    family: Family
+    family: Family | None
     zero_stage: int
     world_size: int | None
 
@@ -109,8 +110,8 @@ class Facts:
         return self.world_size // self.model_parallel
 
     @property
-    def ffn(self) -> int:
-        return self.family.ffn_hidden_size(self.model)
+    def ffn(self) -> int | None:
+        return self.family.ffn_hidden_size(self.model) if self.family else None
 
 
 @dataclass(frozen=True)
@@ -125,27 +126,40 @@ class Rule:
     fix: Callable[[Facts], str]
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+def _divisors(number: int) -> set[int]:
+    low = {divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0}
+    return low | {number // divisor for divisor in low}
 
 
 def _nearest(values: Iterable[int], wanted: int) -> str:
     """The values on both sides of what was asked for: "2 or 4"."""
-    values = sorted(set(values))
-    below = [v for v in values if v <= wanted][-1:]
-    above = [v for v in values if v > wanted][:1]
-    return " or ".join(str(v) for v in below + above)
+    ordered = sorted(set(values))
+    below = [value for value in ordered if value <= wanted][-1:]
+    above = [value for value in ordered if value > wanted][:1]
+    return " or ".join(str(value) for value in below + above)
 
 
-def _nearest_multiple(of: int, wanted: int) -> str:
-    return _nearest((wanted // of * of or of, (wanted // of + 1) * of), wanted)
+def _nearest_multiple(of: int, wanted: int, limit: int | None = None) -> str:
+    multiples = {wanted // of * of or of, (wanted // of + 1) * of}
+    return _nearest({multiple for multiple in multiples if limit is None or multiple <= limit}, wanted)
 
 
 def _legal_tensor(f: Facts) -> str:
-    sizes = set(_divisors(f.model.num_attention_heads)) & set(_divisors(f.model.query_groups)) & set(_divisors(f.ffn))
+    """The tensor-parallel sizes that cut the model evenly and, where there are such, fill the ranks."""
+    sizes = _divisors(f.model.num_attention_heads) & _divisors(f.model.query_groups)
+    if f.ffn is not None:
+        sizes &= _divisors(f.ffn)
     if f.world_size is not None:
-        sizes &= set(_divisors(f.world_size))
+        filling = {size for size in sizes if f.world_size % (size * f.parallel.pipeline) == 0}
+        sizes = filling or sizes
     return f"use {_nearest(sizes, f.parallel.tensor)}"
+
+
+def _example_stages(f: Facts) -> str:
+    """One number a stage: as many as a line can show."""
+    if f.stages > 64:
+        return f"give {f.stages} numbers that add up to {f.model.num_layers}"
+    return f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}"
 
 
 def _micro_batches(f: Facts) -> int | None:
@@ -173,7 +187,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "model.head_dim",
         "is even with rotary positions, which turn pairs of numbers",
-        lambda f: f.family.positions == "rope" and f.model.head_size % 2 > 0,
+        lambda f: (
+            f.family is not None
+            and f.family.positions == "rope"
+            and (f.model.head_dim is not None or f.model.hidden_size % f.model.num_attention_heads == 0)
+            and f.model.head_size % 2 > 0
+        ),
         lambda f: f"rotary positions turn pairs: a head of {f.model.head_size} is odd",
         lambda f: f"use {_nearest_multiple(2, f.model.head_size)}",
     ),
@@ -224,7 +243,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "parallel.tensor",
         "divides ffn_hidden_size",
-        lambda f: f.ffn % f.parallel.tensor > 0,
+        lambda f: (f.ffn or 0) % f.parallel.tensor > 0,
         lambda f: f"ffn_hidden_size {f.ffn} cannot be shared by {f.parallel.tensor} ranks",
         _legal_tensor,
     ),
@@ -279,7 +298,7 @@ RULES: tuple[Rule, ...] = (
         "has one number for each of the pipeline × virtual_pipeline stages",
         lambda f: f.parallel.stage_layers is not None and len(f.parallel.stage_layers) != f.stages,
         lambda f: f"{len(f.parallel.stage_layers or ())} numbers for {f.stages} stages",
-        lambda f: f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}",
+        _example_stages,
     ),
     Rule(
         "parallel.stage_layers",
@@ -290,7 +309,7 @@ RULES: tuple[Rule, ...] = (
             and sum(f.parallel.stage_layers) != f.model.num_layers
         ),
         lambda f: f"they add up to {sum(f.parallel.stage_layers or ())}, model.num_layers is {f.model.num_layers}",
-        lambda f: f"use e.g. {list(stage_layers(f.model.num_layers, f.stages))}",
+        _example_stages,
     ),
     Rule(
         "training.global_batch_size",
@@ -331,8 +350,15 @@ def problems(
 ) -> list[Problem]:
     """All rules that are broken. world_size None leaves out the rules that need it."""
     family = families().get(model.family)
+    facts = Facts(model, data, parallel, training, family, zero_stage, world_size)
+    found = [Problem(rule.key, rule.reason(facts), rule.fix(facts)) for rule in RULES if rule.broken(facts)]
     if family is None:
         known = ", ".join(sorted(families()))
-        return [Problem("model.family", f"no family {model.family!r}", f"use one of {known}")]
-    facts = Facts(model, data, parallel, training, family, zero_stage, world_size)
-    return [Problem(rule.key, rule.reason(facts), rule.fix(facts)) for rule in RULES if rule.broken(facts)]
+        found.append(Problem("model.family", f"there is no family {model.family!r}", f"use one of {known}"))
+    return found
+
+
+def table() -> str:
+    """The rules as a Markdown table."""
+    rows = [f"| `{rule.key}` | {rule.requires} |" for rule in RULES]
+    return "\n".join(["| key | what must hold: it |", "|---|---|", *rows]) + "\n"

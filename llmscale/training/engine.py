@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from llmscale.distributed.groups import Groups, Mpu
@@ -194,5 +196,11 @@ def _loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's start-up talk out of the log; warnings stay."""
+    """Keep DeepSpeed's start-up talk out of the log (warnings stay), and its compiler out of the start-up.
+
+    On CPUs it compiles an all-reduce over shared memory that only its inference uses; that takes half a minute and a C++
+    compiler.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None

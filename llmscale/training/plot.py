@@ -61,11 +61,11 @@ def read(name: str, path: Path) -> Curve:
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean of a point and as many before it as after it, RUNNING_MEAN of all; fewer at both ends, which stay."""
+    """The mean of a point and its neighbours, RUNNING_MEAN of all: as many before it as after it, but at the end."""
     half = round(RUNNING_MEAN * len(points) / 2)
     result = []
     for index, (x, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
+        reach = min(half, index)
         part = [y for _, y in points[index - reach : index + reach + 1]]
         result.append((x, sum(part) / len(part)))
     return result
