@@ -28,7 +28,19 @@ RUNS = {
     "tensor-parallel": ["parallel.tensor=2", "parallel.pipeline=1"],
     "pipeline-parallel": ["parallel.tensor=1", "parallel.pipeline=2"],
 }
-PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest xml".split()
+PACKAGES = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "email",
+    "html",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "unittest",
+    "xml",
+)
 """Besides the library's own modules; its tests and what was installed are left out."""
 PROMPT = "def read_"
 

@@ -249,16 +249,20 @@ def _builds() -> list[Finding]:
     installed = importlib.util.find_spec("ninja") is not None
     home = cpp_extension.CUDA_HOME
     nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None)
-    can_build = bool(ninja and compiler)
-    lion = can_build and bool(nvcc or not gpu)
-    aio = can_build and _runs([compiler or "", "-x", "c++", "-E", "-"], "#include <libaio.h>\n")
     off_path = "installed, but its folder is not on PATH: activate the environment"
     lion_fix = "install ninja, g++ and the CUDA toolkit" if gpu else "install ninja and g++"
     builds = "DeepSpeed can build no operator: no lion, no NVMe offload"
-    return [
+    tools = [
         _tool("ninja", ninja, builds, off_path if installed else "install ninja"),
         _tool("g++", compiler, builds, "install g++"),
         _tool("nvcc", nvcc, "no operators for the GPU: no lion on it" if gpu else "", "install the CUDA toolkit"),
+    ]
+    builder, compiles, builds_cuda = (tool.found for tool in tools)
+    lion = builder and compiles and (builds_cuda or not gpu)
+    header = [compiler or "", "-x", "c++", "-E", "-"]
+    aio = builder and compiles and _runs(header, "#include <libaio.h>\n")
+    return [
+        *tools,
         Finding(
             "DeepSpeed operators", "lion", lion, "can be built" if lion else "cannot be built",
             costs="" if lion else "optimizer.name lion does not run", fix="" if lion else lion_fix,

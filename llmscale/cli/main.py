@@ -63,6 +63,9 @@ def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> No
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version and exit."
 )
+@click.option(
+    "--local_rank", "--local-rank", type=int, hidden=True, expose_value=False, help="DeepSpeed's launcher gives it."
+)
 def group() -> None:
     """Pretrain large language models: Megatron-core layers under DeepSpeed ZeRO, from webdataset shards."""
 

@@ -14,8 +14,7 @@ from llmscale.errors import LlmscaleError
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--local_rank", "--local-rank", type=int, hidden=True, help="Given by DeepSpeed's launcher; not used.")
-def command(config: Path, overrides: tuple[str, ...], local_rank: int | None) -> None:
+def command(config: Path, overrides: tuple[str, ...]) -> None:
     """Pretrain the model that the YAML file CONFIG describes.
 
     KEY=VALUE overrides a key of the file. Started without a launcher it runs in one process; a run that was stopped

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON file: found, checked against the run's config, and made whole.
 
 What the run's config decides is "auto" in the file. A value that says something else is an error that names both: two
-places that disagree are how wrong runs happen. What llmscale's engine needs of DeepSpeed is set here, for every file alike.
+places that disagree are how wrong runs happen. What llmscale's engine needs is set here, for every file alike.
 """
 
 from __future__ import annotations

@@ -274,7 +274,13 @@ RULES: tuple[Rule, ...] = (
         lambda f: (
             f"sequence parallelism cannot cut {f.data.sequence_length} tokens into {f.parallel.tensor} equal parts"
         ),
-        lambda f: f"use {_nearest_multiple(f.parallel.tensor, f.data.sequence_length)}",
+        lambda f: (
+            "use "
+            + (
+                _nearest_multiple(f.parallel.tensor, f.data.sequence_length, f.model.max_position_embeddings)
+                or f"{f.parallel.tensor}, and raise model.max_position_embeddings"
+            )
+        ),
     ),
     Rule(
         "parallel.virtual_pipeline",

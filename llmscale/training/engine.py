@@ -8,6 +8,7 @@ because a pipeline runs many backward passes in a row, which DeepSpeed's own hoo
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import bf16_optimizer
@@ -198,9 +198,10 @@ def _loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def quiet_deepspeed() -> None:
     """Keep DeepSpeed's start-up talk out of the log (warnings stay), and its compiler out of the start-up.
 
-    On CPUs it compiles an all-reduce over shared memory that only its inference uses; that takes half a minute and a C++
+    On CPUs it compiles an all-reduce over shared memory that only its inference uses: half a minute, and a C++
     compiler.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # By its name: the package deepspeed.comm has an attribute `torch` that is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -32,20 +32,21 @@ class Display:
         self._console = Console(file=stream or sys.stderr, highlight=False)
         self._name, self._steps, self._done = name, steps, done
         self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
 
     def __enter__(self) -> Display:
         if self._console.is_terminal and self._steps > self._done:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[state]}"),
                 console=self._console,
                 refresh_per_second=4,
                 expand=True,
             )
-            self._task = self._bar.add_task(self._name, total=self._steps, completed=self._done, figures="starting")
+            state = f"{self._done}/{self._steps}"
+            self._task = self._bar.add_task(self._name, total=self._steps, completed=self._done, state=state)
             self._bar.start()
         return self
 
@@ -75,16 +76,28 @@ class Display:
         """Show the figures of a step."""
         self._seconds.append(row["step_seconds"])
         step = row["step"]
-        remaining = clock(median(self._seconds) * (self._steps - step))
         width = len(str(self._steps))
+        state = f"{step:>{width}}/{self._steps}"
+        eta = f"ETA {clock(median(self._seconds) * (self._steps - step))}"
         figures = (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}  ETA {remaining}"
+            f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}"
         )
         if self._bar is None:
-            self.line(f"step {step:>{width}}/{self._steps}  {figures}")
+            self.line(f"step {state}  {figures}  {eta}")
         else:
-            self._bar.update(self._task, completed=step, figures=f"{step:>{width}}/{self._steps}  {figures}")
+            self._bar.figures = Text(figures)
+            self._bar.update(self._task, completed=step, state=f"{state}  {eta}")
+
+
+class _Bar(Progress):
+    """A bar with the figures on a line of their own, so that both fit into 80 columns."""
+
+    figures = Text("starting", style="dim")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield self.figures
 
 
 def clock(seconds: float) -> str:

@@ -29,7 +29,8 @@ MATRIX = {
     "checkpoint": DEVICES | {"models"},
     "training": DEVICES | {"models", "data", "checkpoint"},
     "inference": DEVICES | {"models", "data", "checkpoint", "training"},
-    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference"},
+    "doctor": set(),
+    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "doctor"},
     "__main__": {"cli"},
 }
 """Part -> the other parts it may import. models and data never meet; nothing imports what stands further down."""

@@ -56,7 +56,7 @@ def test_it_finds_what_this_machine_has() -> None:
     assert section("process groups")["gloo"]["found"] is torch.distributed.is_gloo_available()
     assert section("kernels")["SDPA math"]["found"]
     assert section("kernels")["fused AdamW"]["found"]
-    assert section("versions")["torch"]["detail"].startswith(torch.__version__)
+    assert section("versions")["torch"]["detail"].startswith(torch.__version__.partition("+")[0])
     assert ("GPU 0" in section("devices")) is torch.cuda.is_available()
 
 
@@ -117,7 +117,7 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path: Path) -> None:
 def test_it_does_not_import_what_it_only_looks_up() -> None:
     code = (
         "import sys; from llmscale.doctor import examine; examine();"
-        "sys.exit(', '.join({'deepspeed', 'megatron', 'transformers', 'wandb'} & set(sys.modules)))"
+        "sys.exit(', '.join({'deepspeed', 'megatron', 'transformers', 'wandb'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -51,7 +51,7 @@ def test_a_long_line_is_not_broken() -> None:
 
 
 def test_on_a_terminal_there_is_a_bar_with_lines_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
+    for name, value in {"TERM": "xterm", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = Terminal()
@@ -62,7 +62,8 @@ def test_on_a_terminal_there_is_a_bar_with_lines_above_it(monkeypatch: pytest.Mo
     text = stream.getvalue()
     assert "━" in text
     assert "40%" in text
-    assert " 4/10  loss 3.1416" in text
+    assert " 4/10  ETA 0:00:12" in text
+    assert "loss 3.1416  12,346 tokens/s  lr 2.50e-04  grad norm 0.500" in text
     assert text.index("saved checkpoints") < text.rindex("loss 3.1416")
     assert "\x1b[?25h" in text  # the cursor is back
 
