@@ -144,7 +144,9 @@ def problems(file: File, config: Mapping[str, Any]) -> list[Problem]:
     content, wrong = sound(file.content)
     found = [_problem(file, path, reason, fix) for path, reason, fix in wrong]
     checked = File(file.path, content)
-    return [*found, *_follow_problems(checked, config), *_fixed_problems(checked), *_zero_problems(checked)]
+    found += [*_follow_problems(checked, config), *_fixed_problems(checked)]
+    stage_is_sound = ("stage" in _zero(checked)) == ("stage" in _zero(file))
+    return [*found, *_zero_problems(checked)] if stage_is_sound else found
 
 
 def _problem(file: File, path: tuple[str, ...], reason: str, fix: str) -> Problem:
@@ -168,7 +170,8 @@ def _follow_problems(file: File, config: Mapping[str, Any]) -> Iterator[Problem]
         expected = rule.value(config)
         if given != expected or isinstance(given, bool) is not isinstance(expected, bool):
             section, _, name = rule.key.partition(".")
-            says = f"{rule.key} is {getattr(config[section], name)}"
+            value = getattr(config[section], name)
+            says = f"{rule.key} is {list(value) if isinstance(value, tuple) else value}"
             yield _problem(file, rule.path, f"{shown(given)}, but {says}", f'use "auto", or change {rule.key}')
     kind = _get(file.content, ("optimizer", "type"))
     if kind != AUTO and "optimizer" in config and str(kind).lower() != config["optimizer"].name:

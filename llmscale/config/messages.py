@@ -24,7 +24,9 @@ SYNONYMS = {
     "learning_rate": "lr", "max_steps": "steps", "train_iters": "steps", "batch_size": "global_batch_size",
     "seq_len": "sequence_length", "seq_length": "sequence_length", "max_seq_len": "sequence_length",
     "grad_clip": "gradient_clipping", "clip_grad": "gradient_clipping", "max_grad_norm": "gradient_clipping",
-    "dtype": "precision", "warmup": "warmup_steps", "output": "output_dir",
+    "heads": "num_attention_heads", "num_heads": "num_attention_heads", "num_kv_heads": "num_query_groups",
+    "num_key_value_heads": "num_query_groups", "layers": "num_layers", "num_hidden_layers": "num_layers",
+    "intermediate_size": "ffn_hidden_size", "dtype": "precision", "warmup": "warmup_steps", "output": "output_dir",
 }  # fmt: skip
 """What others call a key -> its name here."""
 LIMITS = {

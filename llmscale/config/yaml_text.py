@@ -52,6 +52,14 @@ for _tag, _pattern, _first in _NUMBERS:
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Between single quotes PyYAML writes exotic line ends as they are, and reads them back as spaces.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
 class Invalid(ValueError):
     """The text is not YAML. place: "line 2, column 1", or None."""
 

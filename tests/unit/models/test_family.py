@@ -1,0 +1,84 @@
+"""The table of a model's weights, on which stages, checkpoints and planning rest."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from llmscale.config.schema import Model
+from llmscale.models.family import Family, Weight, families
+
+
+def model(**keys: object) -> Model:
+    return Model.model_validate(
+        {"family": "llama", "num_layers": 3, "hidden_size": 96, "num_attention_heads": 6, **keys}
+    )
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def family(request: pytest.FixtureRequest) -> Family:
+    return families()[request.param]
+
+
+def test_families_are_found_by_name() -> None:
+    assert {name: family.name for name, family in families().items()} == {"gpt2": "gpt2", "llama": "llama"}
+
+
+def test_names_are_unique_and_layers_in_order(family: Family) -> None:
+    weights = list(family.parameters(model(), 100))
+    assert len({weight.name for weight in weights}) == len(weights)
+    layers = [weight.layer for weight in weights if weight.layer is not None]
+    assert set(layers) == {0, 1, 2}
+    assert all(before <= after for before, after in pairwise(layers))
+    for weight in weights:
+        assert (f".layers.{weight.layer}." in weight.name) == (weight.layer is not None)
+
+
+def test_norms_and_biases_do_not_decay_and_all_else_does(family: Family) -> None:
+    for weight in family.parameters(model(), 100):
+        assert weight.decays == (not ("layernorm" in weight.name or weight.name.endswith("bias")))
+
+
+def test_what_writes_into_the_residual_stream_starts_smaller(family: Family) -> None:
+    residual = {weight.name for weight in family.parameters(model(), 100) if weight.init == "residual"}
+    parts = ("self_attention.linear_proj", "mlp.linear_fc2")
+    assert residual == {f"decoder.layers.{layer}.{part}.weight" for layer in range(3) for part in parts}
+
+
+def test_tied_embeddings_are_one_weight(family: Family) -> None:
+    def outputs(tied: bool | None) -> int:
+        weights = family.parameters(model(tie_embeddings=tied), 100)
+        return sum(weight.name == "output_layer.weight" for weight in weights)
+
+    assert (outputs(True), outputs(False)) == (0, 1)
+    assert outputs(None) == {"gpt2": 0, "llama": 1}[family.name]
+
+
+def by_name(family: str, **keys: object) -> dict[str, Weight]:
+    return {weight.name: weight for weight in families()[family].parameters(model(**keys), 100)}
+
+
+def test_shapes_of_llama_with_grouped_queries() -> None:
+    weights = by_name("llama", num_query_groups=2, head_dim=8)
+    at = "decoder.layers.0"
+    assert weights[f"{at}.self_attention.linear_qkv.weight"].shape == (6 * 8 + 2 * 2 * 8, 96)
+    assert weights[f"{at}.self_attention.linear_proj.weight"].shape == (96, 48)
+    assert weights[f"{at}.mlp.linear_fc1.weight"].shape == (2 * 256, 96)
+    assert weights[f"{at}.mlp.linear_fc1.weight"].cut == "gated_rows"
+    assert not any("bias" in name or "position" in name for name in weights)
+
+
+def test_shapes_of_gpt2() -> None:
+    weights = by_name("gpt2", max_position_embeddings=32)
+    at = "decoder.layers.2"
+    assert weights["embedding.position_embeddings.weight"].shape == (32, 96)
+    assert weights[f"{at}.mlp.linear_fc1.weight"].shape == (4 * 96, 96)
+    assert weights[f"{at}.mlp.linear_fc1.bias"].cut == "rows"
+    # The bias of a row-parallel layer is added once, after the sum over the ranks.
+    assert weights[f"{at}.mlp.linear_fc2.bias"].cut == "replicated"
+
+
+@pytest.mark.parametrize(("hidden", "ffn"), [(4096, 11008), (5120, 13824), (2048, 5632), (96, 256)])
+def test_the_width_of_a_swiglu_mlp_is_llamas(hidden: int, ffn: int) -> None:
+    assert families()["llama"].ffn_hidden_size(model(hidden_size=hidden)) == ffn
