@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several processes share the cores: each computes on one thread.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-latest lint format wheel clean
+.PHONY: help install demo test test-latest lint format docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make install      the environment alone, in .venv"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
+	@echo "make docs         generate docs/config.md and the table of docs/layouts.md"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove what the targets above made, environments included"
 
@@ -62,6 +63,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python -m tests.unit.test_docs
 
 wheel: install
 	$(BIN)/python -m hatchling build -t wheel

@@ -106,9 +106,10 @@ def _apply(raw: dict[Any, Any], overrides: Sequence[str]) -> list[Problem]:
         at: Any = raw
         for depth, parent in enumerate(parents, 1):
             inner = at.get(parent)
-            if inner is None:
-                inner = at[parent] = {}
-            elif not isinstance(inner, dict):
+            if inner is None or isinstance(inner, dict):
+                # A copy: by an alias of YAML, two sections may be one mapping.
+                inner = at[parent] = dict(inner or {})
+            else:
                 at, name = None, ".".join(parents[:depth])
                 if isinstance(inner, list):
                     problems.append(Problem(where, f"{name} is a list", f"give all of it: {name}=[...]"))

@@ -65,7 +65,7 @@ def _problem(section: str, model: type[Section], detail: ErrorDetails) -> Proble
     if reason == "too_long":
         return Problem(where, f"has {context['actual_length']} items", f"give {context['max_length']}")
     if reason == "literal_error" and given is not None:
-        choices = [str(choice) for choice in get_args(_bare(annotation))]
+        choices = [str(choice) for choice in get_args(bare_type(annotation))]
         close = nearest(str(given), choices)
         fix = f"did you mean {close}?" if close else f"e.g. {choices[0]}"
         return Problem(where, f"{shown(given)} is none of {', '.join(choices)}", fix)
@@ -88,7 +88,7 @@ def _at(model: type[BaseModel], location: Sequence[Any]) -> tuple[Any, FieldInfo
     annotation: Any = model
     field = None
     for part in location:
-        annotation, field = _bare(annotation), None
+        annotation, field = bare_type(annotation), None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(str(part))
             annotation = field.annotation if field else None
@@ -97,7 +97,7 @@ def _at(model: type[BaseModel], location: Sequence[Any]) -> tuple[Any, FieldInfo
     return annotation, field
 
 
-def _bare(annotation: Any) -> Any:
+def bare_type(annotation: Any) -> Any:
     """A type without `| None` and without its constraints."""
     while get_origin(annotation) in (Annotated, Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not NoneType)
@@ -105,13 +105,13 @@ def _bare(annotation: Any) -> Any:
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    found = _bare(_at(model, location)[0])
+    found = bare_type(_at(model, location)[0])
     return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
 
 
 def _wanted(annotation: Any) -> str:
     """A type in plain words."""
-    bare = _bare(annotation)
+    bare = bare_type(annotation)
     if get_origin(bare) is tuple:
         return "a list"
     if get_origin(bare) is Literal:
@@ -121,12 +121,13 @@ def _wanted(annotation: Any) -> str:
 
 
 def _example(annotation: Any, field: FieldInfo | None) -> str:
-    if field is not None and (field.examples or field.default not in (None, (), "")) and not field.is_required():
-        value = field.examples[0] if field.examples else field.default
-        return f"e.g. {shown(list(value) if isinstance(value, tuple) else value, whole=True)}"
+    """A value that would do: the schema's example, or the default."""
     if field is not None and field.examples:
         return f"e.g. {shown(field.examples[0], whole=True)}"
-    return f"give {_wanted(annotation)}"
+    if field is None or field.is_required() or field.default in (None, ()):
+        return f"give {_wanted(annotation)}"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"e.g. {shown(value, whole=True)}"
 
 
 def _give(where: str, annotation: Any, field: FieldInfo | None, or_preset: bool = False) -> str:
@@ -139,7 +140,7 @@ def _give(where: str, annotation: Any, field: FieldInfo | None, or_preset: bool 
 
 def _retype(annotation: Any, field: FieldInfo | None, given: Any) -> str:
     """How to write a value of the wrong type."""
-    bare = _bare(annotation)
+    bare = bare_type(annotation)
     if given is None and field is not None and not field.is_required():
         return f"{_example(annotation, field)}, or leave the key out"
     if bare is bool:
@@ -155,7 +156,7 @@ def _retype(annotation: Any, field: FieldInfo | None, given: Any) -> str:
         quoted = "write it in quotes" if isinstance(given, bool) else f'write it in quotes: "{shown(given)}"'
         return quoted + (", or null" if NoneType in get_args(annotation) else "")
     if get_origin(bare) is tuple and given is not None:
-        item = _bare(get_args(bare)[0])
+        item = bare_type(get_args(bare)[0])
         if isinstance(given, dict):
             return "begin each of its items with a dash"
         return f"write [{_as_section(item, given) or shown(given)}]"

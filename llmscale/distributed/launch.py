@@ -119,11 +119,9 @@ class Launch:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: "gpu[07-09,12],cpu1" -> "gpu07"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodes.strip())
-    if match is None:
-        return ""
-    prefix, inside, suffix = match.groups()
-    return prefix + (re.split(r"[-,]", inside)[0] if inside else "") + suffix
+    # Up to the first comma that is not inside brackets; of each bracket the first number.
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes.strip())
+    return re.sub(r"\[([^-,\]]*)[^\]]*\]", r"\1", first.group()) if first else ""
 
 
 def device_of(launch: Launch) -> torch.device:

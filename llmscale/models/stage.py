@@ -22,6 +22,7 @@ from llmscale.config.schema import Model, Training
 from llmscale.distributed.groups import Groups
 from llmscale.models.family import Family, Weight
 from llmscale.models.init import initialize
+from llmscale.models.loss import cross_entropy
 from llmscale.models.norms import NORMS
 from llmscale.models.transformer import layer_spec, transformer_config
 
@@ -56,6 +57,7 @@ class Stage(MegatronModule):
         rows = padded // layout.tensor
         self._vocab_held = max(0, min(rows, vocab_size - groups.position.tensor * rows))
         self._vocab_rows = rows
+        self._loss_group = groups.tensor if layout.tensor > 1 else None
         collection = groups.collection
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -117,8 +119,7 @@ class Stage(MegatronModule):
         self._hide_padding(logits)
         if labels is None:
             return logits
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
-        return losses.transpose(0, 1)
+        return cross_entropy(logits, labels.transpose(0, 1), self._loss_group).transpose(0, 1)
 
     def _hide_padding(self, logits: torch.Tensor) -> None:
         """Take the padding out of the softmax, in place; its gradient is then zero by itself (exp(-inf))."""

@@ -64,11 +64,10 @@ def forward(weights: Weights, config: RunConfig, tokens: torch.Tensor) -> torch.
         qkv = linear(norm(x, f"{at}.input_layernorm"), f"{at}.self_attention.linear_qkv")
         qkv = qkv.view(batch, sequence, groups, per_group + 2, size).permute(0, 2, 3, 1, 4)
         q = qkv[:, :, :per_group].reshape(batch, heads, sequence, size)
-        k = qkv[:, :, per_group].repeat_interleave(per_group, dim=1)
-        v = qkv[:, :, per_group + 1].repeat_interleave(per_group, dim=1)
+        k, v = qkv[:, :, per_group], qkv[:, :, per_group + 1]
         if family.positions == "rope":
             q, k = rotate(q), rotate(k)
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         context = context.transpose(1, 2).reshape(batch, sequence, heads * size)
         x = x + linear(context, f"{at}.self_attention.linear_proj")
         hidden = linear(norm(x, f"{at}.pre_mlp_layernorm"), f"{at}.mlp.linear_fc1")
@@ -92,8 +91,13 @@ def _rate(config: RunConfig, step: int) -> float:
     return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(config: RunConfig, batches: Iterator[torch.Tensor]) -> tuple[list[ReferenceStep], Weights]:
-    """Train on batches of int64 [global_batch, sequence + 1]. Returns every step, and the last fp32 weights."""
+def train(
+    config: RunConfig, batches: Iterator[torch.Tensor], accumulation: torch.dtype = torch.float32
+) -> tuple[list[ReferenceStep], Weights]:
+    """Train on batches of int64 [global_batch, sequence + 1]. Returns every step, and the last fp32 weights.
+
+    accumulation: the type in which micro-batches' gradients are added; another than fp32 shows what a test can see.
+    """
     bf16, micro = config.training.precision == "bf16", config.training.micro_batch_size
     initial = initial_weights(config)
     masters = {n: torch.nn.Parameter(w.bfloat16().float() if bf16 else w) for n, w in initial.items()}
@@ -109,18 +113,20 @@ def train(config: RunConfig, batches: Iterator[torch.Tensor]) -> tuple[list[Refe
     for step in range(1, config.training.steps + 1):
         batch, losses = next(batches), []
         parts = batch.split(micro)
-        for parameter in masters.values():
-            parameter.grad = torch.zeros_like(parameter)
+        sums = {name: torch.zeros_like(parameter, dtype=accumulation) for name, parameter in masters.items()}
         for part in parts:
             compute = {n: (p.detach().bfloat16() if bf16 else p.detach()).requires_grad_() for n, p in masters.items()}
             logits = forward(compute, config, part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
             losses.append(loss.item())
             gradients = torch.autograd.grad(loss / len(parts), list(compute.values()))
-            for parameter, gradient in zip(masters.values(), gradients, strict=True):
-                assert parameter.grad is not None
-                parameter.grad += gradient.float()
-        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.training.gradient_clipping)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient.to(accumulation)
+        for name, parameter in masters.items():
+            parameter.grad = sums[name].float()
+        gradients = [parameter.grad for parameter in masters.values() if parameter.grad is not None]
+        norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+        torch.nn.utils.clip_grads_with_norm_(masters.values(), config.training.gradient_clipping, norm.float())
         for group in optimizer.param_groups:
             group["lr"] = _rate(config, step)
         optimizer.step()

@@ -85,6 +85,20 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_which_it_passed_over(
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_every_optimizer_resumes_exactly(optimizer: str, corpus: Path, tmp_path: Path) -> None:
+    whole = config_of(Case(1, False, 1, 1, 2, zero=2), corpus, tmp_path / "whole", "bf16")
+    whole["optimizer"] = {"name": optimizer, "lr": 1e-2}
+    train(whole, 2, tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (3, 4, 5, 6):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}")
+    stopped = {**whole, "run": {**whole["run"], "output_dir": str(tmp_path / "stopped")}}
+    _, resumed = train(stopped, 2, tmp_path)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    assert_equal_state(resumed, Checkpoint(tmp_path / "whole" / "checkpoints" / f"step_{STEPS:08d}"))
+
+
 def test_keep_prunes_the_oldest(corpus: Path, tmp_path: Path) -> None:
     config = config_of(Case(), corpus, tmp_path / "run", "fp32")
     config["checkpoint"] = {"interval": 1, "keep": 2}
@@ -121,6 +135,7 @@ def test_a_run_resumes_on_another_layout(
     for config in (whole, moved):
         config["model"]["dropout"] = 0.0
         config["model"]["tie_embeddings"] = True
+        config["model"]["num_query_groups"] = 4
     train(whole, before.world_size, tmp_path)
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
     for step in (4, 5, 6):

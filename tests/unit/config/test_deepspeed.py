@@ -20,7 +20,7 @@ def config(file: str = "zero1.json", precision: str = "bf16", **training: Any) -
     return RunConfig(
         model=Model(family="llama", num_layers=2, hidden_size=64, num_attention_heads=4),
         data=Data(train=(DataSource(path="data"),), sequence_length=64),
-        training=Training(steps=1, global_batch_size=8, micro_batch_size=2, precision=precision, **training),  # type: ignore[arg-type]
+        training=Training(steps=1, global_batch_size=8, micro_batch_size=2, precision=precision, **training),
         optimizer=Optimizer(),
         deepspeed=file,
     )

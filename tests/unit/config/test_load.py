@@ -1,4 +1,4 @@
-"""What a config comes from: the file, its preset, the overrides, the defaults; and that a dumped one is the same again."""
+"""What a config comes from: file, preset, overrides, defaults; and that a dumped one is the same again."""
 
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ def test_a_value_may_be_any_text(text: str, path: Path) -> None:
 )
 def test_numbers_are_read_as_they_are_meant(text: str, number: float, path: Path) -> None:
     assert load(path, [f"optimizer.lr={text}"]).optimizer.lr == number
+
+
+def test_an_override_changes_one_of_two_sections_that_share_an_alias(path: Path) -> None:
+    path.write_text(TEXT + "checkpoint: &shared {interval: 5}\nlogging: *shared\n")
+    config = load(path, ["logging.interval=3"])
+    assert (config.checkpoint.interval, config.logging.interval) == (5, 3)
+
+
+def test_a_config_survives_json(path: Path) -> None:
+    """Checkpoints keep the config of their run so."""
+    config = load(path, ["parallel={pipeline: 3, stage_layers: [1, 1, 1]}"])
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_spaces_around_a_key_do_not_matter(path: Path) -> None:

@@ -18,6 +18,7 @@ GOOD: dict[str, Any] = {
     "model.num_layers": 4,
     "model.hidden_size": 96,
     "model.num_attention_heads": 12,
+    "model.ffn_hidden_size": 192,
     "model.max_position_embeddings": 64,
     "data.sequence_length": 64,
     "training.steps": 1,
@@ -93,14 +94,14 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
     "divides num_attention_heads: a head is not cut": (
         {"parallel.tensor": 8, "training.global_batch_size": 24},
         24,
-        "parallel.tensor: 12 attention heads cannot be shared by 8 ranks; use 4",
-        [({"parallel.tensor": 4}, 24)],
+        "parallel.tensor: 12 attention heads cannot be shared by 8 ranks; use 6 or 12",
+        [({"parallel.tensor": 6}, 24), ({"parallel.tensor": 12}, 24)],
     ),
     "divides num_query_groups: a key/value head is not copied": (
         {"parallel.tensor": 4, "model.num_query_groups": 6},
         24,
-        "parallel.tensor: 6 query groups cannot be shared by 4 ranks; use 2",
-        [({"parallel.tensor": 2}, 24)],
+        "parallel.tensor: 6 query groups cannot be shared by 4 ranks; use 3 or 6",
+        [({"parallel.tensor": 3}, 24), ({"parallel.tensor": 6}, 24)],
     ),
     "divides ffn_hidden_size": (
         {"parallel.tensor": 4, "model.ffn_hidden_size": 90},
@@ -113,7 +114,7 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
         12,
         "parallel.tensor: tensor 2 × pipeline 4 = 8 does not divide 12 rank(s); "
         "start a multiple of 8 ranks (8 or 16), or use a product of 6 or 12",
-        [({}, 8), ({"training.global_batch_size": 48}, 16), ({"parallel.pipeline": 3}, 12), ({"parallel.tensor": 3}, 12)],
+        [({}, 8), ({}, 16), ({"parallel.pipeline": 3}, 12), ({"parallel.tensor": 3}, 12)],
     ),
     "needs parallel.tensor above 1: it cuts the sequence over the tensor-parallel group": (
         {"parallel.sequence_parallel": True},
@@ -135,7 +136,7 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
         "use 1, or set parallel.pipeline to 2 or more",
         [({"parallel.virtual_pipeline": 1}, 2), ({"parallel.pipeline": 2}, 2)],
     ),
-    "times parallel.virtual_pipeline is at most num_layers: every stage holds a layer (stage_layers may say otherwise)": (
+    "times parallel.virtual_pipeline is at most num_layers: a stage holds a layer (stage_layers may say otherwise)": (
         {"parallel.virtual_pipeline": 3, "parallel.pipeline": 2},
         2,
         "parallel.pipeline: 4 layers do not fill 6 stages (pipeline 2 × virtual_pipeline 3); "
@@ -161,7 +162,8 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
     "is a multiple of micro_batch_size × data-parallel size": (
         {"training.global_batch_size": 20, "training.micro_batch_size": 4},
         2,
-        "training.global_batch_size: 20 is not a multiple of micro_batch_size 4 × 2 data-parallel rank(s); use 16 or 24",
+        "training.global_batch_size: 20 is not a multiple of micro_batch_size 4 × 2 data-parallel rank(s); "
+        "use 16 or 24",
         [({"training.global_batch_size": 16}, 2), ({"training.global_batch_size": 24}, 2)],
     ),
     "gives every data-parallel rank a multiple of parallel.pipeline micro-batches, with virtual_pipeline above 1": (
@@ -260,6 +262,6 @@ def test_a_layout_of_a_config_in_words() -> None:
     )
     layout = Layout.of(config, 12, 1)
     assert str(layout) == "tensor 2 with sequence parallelism · pipeline 2 × 2 virtual · data 3"
-    assert layout.layers == (1, 2, 1, 1)
+    assert layout.layers == (1, 1, 2, 1)
     assert layout.micro_batches(config.training) == 4
-    assert layout.chunk_layers(1) == (range(1, 3), range(4, 5))
+    assert layout.chunk_layers(1) == (range(1, 2), range(4, 5))
