@@ -4,12 +4,13 @@ BIN := .venv/bin
 # Several processes share the cores: each computes on one thread.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-latest lint format docs wheel clean
+.PHONY: help install demo test test-slow test-latest lint format docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         real text -> tokenizer -> shards -> two trained models -> a plot and a sample"
 	@echo "make test         all tests, on the default Python"
+	@echo "make test-slow    what compiles DeepSpeed operators first: minutes, and needs g++"
 	@echo "make test-latest  the layout matrix on Python 3.12 with the newest Megatron-core, where there is one"
 	@echo "make install      the environment alone, in .venv"
 	@echo "make lint         ruff and mypy"
@@ -30,7 +31,10 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest tests -m slow
 
 # A Python 3.12 on the PATH, or the newest of pyenv's, which runs by its own path even where it is not selected.
 ifneq (,$(filter test-latest,$(MAKECMDGOALS)))

@@ -73,7 +73,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: dist.Proces
     """The loss of each token in nats, fp32 [*labels.shape], the same on all ranks of the group.
 
     logits [*labels.shape, vocab / tensor]: this rank's part, rank r's starting at id r × vocab / tensor; columns of
-    padding at minus infinity. labels: ids over the whole vocabulary. group: the tensor-parallel group, None for one rank.
+    padding at minus infinity. labels: ids over the whole vocabulary. group: the tensor-parallel group, or None for one
+    rank.
 
     The backward pass destroys the logits: it can run once, and nothing else may read them afterwards.
     """

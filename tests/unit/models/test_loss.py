@@ -1,4 +1,4 @@
-"""The blockwise cross entropy against torch's, on one process and on several that each hold a part of the vocabulary."""
+"""The blockwise cross entropy against torch's, on one process and several that each hold part of the vocabulary."""
 
 from __future__ import annotations
 
