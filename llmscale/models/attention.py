@@ -7,11 +7,12 @@ without it 1.6 times.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -36,8 +37,10 @@ class CausalAttention(MegatronModule):
         -> [sequence, batch, heads × head_dim]; heads and groups are this rank's."""
         if self.dropout == 0.0 or not self.training:
             return self._attend(query, key, value, 0.0)
-        # Heads are cut over the tensor-parallel group: each rank drops its own.
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        # Heads are cut over the tensor-parallel group: each rank drops its own. Under sequence parallelism the whole
+        # block draws from the rank's own generator already; a second fork would be recomputed with a stale state.
+        fork = contextlib.nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
+        with fork:
             return self._attend(query, key, value, self.dropout)
 
     @staticmethod
