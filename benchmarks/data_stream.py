@@ -1,11 +1,12 @@
 """How fast the stream reads tokens, side by side with the limit: random reads of one memory-mapped file.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/data_stream.py
+    OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.data_stream
 
 Writes random uint16 tokens twice, as shards and as one flat file, into a temporary folder, and reads shuffled
 sequences of both into int64, in turns, warm (from the page cache), one thread. Prints the median of the rounds as
-JSON. The limit knows where to read and checks nothing; the stream also computes the order, finds the shard and checks
-every id."""
+JSON, and writes it to benchmarks/results/data_stream-<date>.json. The limit knows where to read and checks nothing;
+the stream also computes the order, finds the shard and checks every id.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import record
 from llmscale.data.order import permute
 from llmscale.data.shards import SAMPLE_TOKENS, SplitWriter
 from llmscale.data.stream import Stream
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16_384, help="sequences of one round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    results = []
     tokens = np.random.default_rng(0).integers(1, VOCAB_SIZE, options.tokens, dtype=np.uint16)
     with tempfile.TemporaryDirectory() as folder:
         tokens.tofile(Path(folder, "flat"))
@@ -47,7 +50,9 @@ def main() -> None:
             for batch in options.batch:
                 readers = {"stream": stream.read, "limit": flat_reader(flat, options.sequence_length)}
                 rates = measure(readers, batch, options)
-                print(json.dumps({"sample_tokens": sample_tokens, "batch": batch, **written, **rates}), flush=True)
+                results.append({"sample_tokens": sample_tokens, "batch": batch, **written, **rates})
+                print(json.dumps(results[-1]), flush=True)
+    print(record("data_stream", results, ["numpy"]))
 
 
 def write(folder: Path, tokens: np.ndarray, sample_tokens: int, shard_bytes: int) -> dict[str, float]:

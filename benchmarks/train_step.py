@@ -1,6 +1,6 @@
 """How long a training step takes on one CPU core, against transformers, its Trainer with DeepSpeed, and bare modules.
 
-    python benchmarks/train_step.py
+    python -m benchmarks.train_step
 
 Four ways to train one Llama on the same tokens from the same weights, each in a process of its own with one thread:
 - llmscale: `llmscale.training.engine.Engine` under ZeRO-1, put together as `llmscale pretrain` does;
@@ -21,17 +21,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +37,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from torch.optim import AdamW
 
+from benchmarks.record import record
 from llmscale.config.schema import RunConfig
 from llmscale.distributed.groups import Groups
 from llmscale.distributed.layout import Layout
@@ -420,15 +417,6 @@ def table(results: dict[str, Any], names: list[str], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def cpu_model() -> str:
-    """The processor's name, where Linux tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
@@ -445,17 +433,8 @@ def main() -> None:
     counts = {result["parameters"] for result in results.values()}
     print(f"{counts.pop() / 1e6:.1f}M parameters, {options.batch} × {options.sequence} tokens a step, 1 thread")
     print(table(results, options.contenders, options.batch * options.sequence))
-    record = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "cpu": cpu_model(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "warm_up_rounds": WARM_UP,
-        "results": results,
-    }
-    output = options.output or Path(__file__).parent / "results" / f"train_step-{date.today()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    raw = {"warm_up_rounds": WARM_UP, "precisions": results}
+    print(record("train_step", raw, PACKAGES, options.output))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from llmscale.training.loop import StepResult, StepTimes
 from llmscale.training.progress import Display
 from llmscale.training.sinks.base import Sink
 from llmscale.training.sinks.jsonl import Jsonl
+from llmscale.training.sinks.loss_plot import LossPlot
 from llmscale.training.sinks.tensorboard import TensorBoard
 from llmscale.training.sinks.wandb import Wandb
 
@@ -117,6 +118,8 @@ class Recorder:
         return self
 
     def _open(self) -> Iterator[Sink]:
+        # The first one opened is the last one closed: the plot is drawn from the whole file.
+        yield LossPlot(self._config.run.name, self._output / FILE, self._output / "plots" / "loss.png")
         yield Jsonl(self._output / FILE, self._done)
         if self._config.logging.tensorboard:
             yield TensorBoard(self._output / "tensorboard", self._done)

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import torch
 
 torch.set_num_threads(1)

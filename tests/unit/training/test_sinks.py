@@ -13,6 +13,7 @@ import pytest
 from llmscale.config.schema import RunConfig
 from llmscale.errors import LlmscaleError, UsageError
 from llmscale.training.sinks.jsonl import Jsonl
+from llmscale.training.sinks.loss_plot import LossPlot
 from llmscale.training.sinks.tensorboard import TensorBoard
 from llmscale.training.sinks.wandb import Wandb, check_available
 
@@ -67,6 +68,31 @@ def test_a_file_that_holds_something_else_is_not_touched(tmp_path: Path) -> None
     with pytest.raises(LlmscaleError, match="line 2 is no row of metrics"):
         Jsonl(path, 0)
     assert path.read_text() == '{"step": 1}\nnotes of mine\n'
+
+
+def test_the_plot_is_drawn_at_the_end_from_the_whole_file(tmp_path: Path) -> None:
+    metrics, image = tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png"
+    plot, file = LossPlot("a run", metrics, image), Jsonl(metrics, 0)
+    for sink in (plot, file):
+        sink.log({"step": 1, "tokens": 8, "loss": 3.0})
+    assert not image.exists()
+    file.close()
+    plot.close()
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_losses_no_plot_and_a_plot_that_fails_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = tmp_path / "plots" / "loss.png"
+    idle = LossPlot("a run", tmp_path / "missing", image)
+    idle.close()
+    idle.log({"step": 1, "loss": 3.0})
+    assert not caplog.records
+    idle.close()
+    assert not image.exists()
+    assert "was not drawn" in caplog.text
+    assert "missing" in caplog.text
 
 
 def test_tensorboard_has_the_figures_and_a_resumed_run_hides_the_steps_run_again(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What each figure in the docs was measured with."""
