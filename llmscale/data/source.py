@@ -1,0 +1,43 @@
+"""What the stream reads: a source gives its n-th sequence when asked, to whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llmscale.data.shards import Tokens
+
+Integers = npt.NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Sequences of tokens, in an order of its own that is a function of (seed, ordinal)."""
+
+    tokenizer: Path
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: np.dtype[Any]
+
+    @property
+    def sequences(self) -> int | None:
+        """Of one pass over the source; None where only reading it tells."""
+
+    def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
+        """Copy the sequences at these ordinals (0 and up, [n]) into rows [n] of out, [batch, sequence_length + 1].
+
+        Raises:
+            DataError: what holds them is missing or damaged; says which shard and sample.
+        """
+
+    def look_ahead(self, ordinals: Integers) -> None:
+        """Told what will be read soon, to fetch it; returns at once."""
+
+    def state(self, ordinal: int) -> Mapping[str, Any]:
+        """What it takes to go on at this ordinal besides the ordinal, as JSON; its size is not that of the data."""
+
+    def close(self) -> None:
+        """Let go of files, threads and processes."""
