@@ -88,8 +88,9 @@ class Tokens:
         self.tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
         self.batch = config.training.global_batch_size
 
-    def read(self, positions: Any) -> Any:
-        return self.tokens[list(positions)].numpy()
+    def rows(self, number: int) -> Any:
+        """What the stream gives for a step, int64 [batch, sequence + 1]."""
+        return self.tokens[number * self.batch : (number + 1) * self.batch].numpy()
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of a step, int64 [batch, sequence]."""
@@ -138,7 +139,7 @@ def llmscale(config: RunConfig) -> Iterator[tuple[Step, int]]:
 
         def step(number: int) -> float:
             engine.set_learning_rate(config.optimizer.lr)
-            return engine.train_step(micro_batches(tokens, number, config.training, groups.layout, 0, cpu)).loss
+            return engine.train_step(micro_batches(tokens.rows(number), config.training.micro_batch_size, cpu)).loss
 
         yield step, sum(p.numel() for stage in engine.stages for p in stage.parameters())
         engine.close()

@@ -21,6 +21,8 @@ class Source(Protocol):
     tokenizer_sha256: str
     vocab_size: int
     dtype: np.dtype[Any]
+    fingerprint: str
+    """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""
 
     @property
     def sequences(self) -> int | None:

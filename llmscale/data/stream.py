@@ -3,13 +3,16 @@
     position -> mixture: which source, its how-manieth sequence -> the source: its order, its shards
 
 Who reads which position does not matter: any number of ranks and workers see the same stream, and resuming is asking
-for the next number. Rows are gathered in the shards' own 2 or 4 bytes and widened to int64 at the end.
+for the next number. `state` says besides how far each source is: after `resume`, sources that were re-weighted, added,
+moved or left out go on, each from where it was. Rows are gathered in the shards' own 2 or 4 bytes and widened to int64
+at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +20,7 @@ from llmscale.data.mixture import Mixture
 from llmscale.data.shards import Split
 from llmscale.data.source import Integers, Source
 from llmscale.data.token_source import TokenSource
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 _OPEN_SHARDS = 512
 """Mapped at a time, over all sources: a mapping holds a file descriptor, of which a process often has 1,024."""
@@ -30,6 +33,7 @@ class Stream:
         """sources: (folder of a split, weight). Every source must have been built with the same tokenizer."""
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
+        self._paths = [path for path, _ in sources]
         splits = [Split(Path(folder)) for folder, _ in sources]
         limit = max(8, _OPEN_SHARDS // len(splits))
         self._sources: list[Source] = [TokenSource(split, sequence_length, seed, limit) for split in splits]
@@ -40,8 +44,11 @@ class Stream:
                     f"{split.folder}: built with another tokenizer than {splits[0].folder}; build both with one"
                 )
         self._mixture = Mixture([weight for _, weight in sources])
+        self._since = 0
+        self._bases = np.zeros(len(sources), dtype=np.int64)
         self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self.sequence_length = sequence_length
+        self.seed = seed
         self.vocab_size = max(source.vocab_size for source in self._sources)
         self.tokenizer = first.tokenizer
 
@@ -50,27 +57,105 @@ class Stream:
 
         Raises DataError for a shard that is missing or has changed, and for ids beyond the vocabulary.
         """
-        wanted = np.asarray(positions, dtype=np.int64)
-        if wanted.size and int(wanted.min()) < 0:
-            raise ValueError(f"positions count from 0: {int(wanted.min())}")
-        tokens = np.empty((len(wanted), self.sequence_length + 1), dtype=self._dtype)
-        numbers, ordinals = self._mixture.locate(wanted)
+        numbers, ordinals = self._locate(positions)
+        tokens = np.empty((len(numbers), self.sequence_length + 1), dtype=self._dtype)
         for number, source in enumerate(self._sources):
             rows = np.flatnonzero(numbers == number)
             if rows.size:
                 source.read(ordinals[rows], rows, tokens)
         return tokens.astype(np.int64)
 
+    def look_ahead(self, positions: Sequence[int] | Integers) -> None:
+        """Tell the sources what will be read soon, so that they fetch it; returns at once."""
+        numbers, ordinals = self._locate(positions)
+        for number, source in enumerate(self._sources):
+            rows = np.flatnonzero(numbers == number)
+            if rows.size:
+                source.look_ahead(ordinals[rows])
+
+    def _locate(self, positions: Sequence[int] | Integers) -> tuple[Integers, Integers]:
+        """(source, ordinal in it) of each position."""
+        wanted = np.asarray(positions, dtype=np.int64)
+        if wanted.size and int(wanted.min()) < self._since:
+            raise ValueError(f"positions count from {self._since}: {int(wanted.min())}")
+        numbers, ordinals = self._mixture.locate(wanted - self._since)
+        return numbers, ordinals + self._bases[numbers]
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """How many sequences of each source the first `position` ones of the stream hold."""
+        counts = self._mixture.counts(position - self._since)
+        return tuple(int(base) + count for base, count in zip(self._bases, counts, strict=True))
+
     def epochs(self, position: int) -> tuple[float | None, ...]:
         """Passes over each source that the first `position` sequences make: 1.5 is one and a half.
 
         None for a source whose length is not known.
         """
-        counts = self._mixture.counts(position)
         return tuple(
             count / source.sequences if source.sequences else None
-            for count, source in zip(counts, self._sources, strict=True)
+            for count, source in zip(self.counts(position), self._sources, strict=True)
         )
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What it takes to go on at this position, as JSON; its size does not grow with the data."""
+        parts = zip(self._paths, self._sources, self._mixture.weights, self._bases, self.counts(position), strict=True)
+        sources = [
+            {
+                "path": path,
+                "fingerprint": source.fingerprint,
+                "weight": weight,
+                "base": int(base),
+                "sequences": count,
+                "state": dict(source.state(count)),
+            }
+            for path, source, weight, base, count in parts
+        ]
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "position": position,
+            "since": self._since,
+            "sources": sources,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on where `state` was taken; gives what is not as it was then, in words.
+
+        Sources are known by their content: a copy elsewhere is the same source, one that was built anew is another and
+        begins at its first sequence. With the same sources and weights the stream is the one that was never stopped;
+        else the mixture starts afresh at the state's position, and each known source goes on from its own count.
+
+        Raises:
+            UsageError: another seed or sequence length, with which "where it was" means nothing.
+        """
+        for key, now, name in (
+            ("seed", self.seed, "run.seed"),
+            ("sequence_length", self.sequence_length, "data.sequence_length"),
+        ):
+            if state[key] != now:
+                raise UsageError(
+                    f"{name}: is {now}, and the data was read with {state[key]} so far, which gives another order; "
+                    f"use {state[key]}, or start a new run from the checkpoint's weights"
+                )
+        saved: list[Mapping[str, Any]] = list(state["sources"])
+        same = [(source["fingerprint"], source["weight"]) for source in saved] == [
+            (source.fingerprint, weight) for source, weight in zip(self._sources, self._mixture.weights, strict=True)
+        ]
+        self._since = state["since"] if same else state["position"]
+        notes, left = [], list(saved)
+        for number, (path, source) in enumerate(zip(self._paths, self._sources, strict=True)):
+            found = next((one for one in left if one["fingerprint"] == source.fingerprint), None)
+            if found is None:
+                changed = any(one["path"] == path for one in saved)
+                notes.append(f"{path} {'has changed' if changed else 'is new'}: it begins at its first sequence")
+                continue
+            left.remove(found)
+            self._bases[number] = found["base"] if same else found["sequences"]
+            weight = self._mixture.weights[number]
+            if weight != found["weight"]:
+                notes.append(f"{path}: weight {found['weight']:g} -> {weight:g}, goes on at {found['sequences']:,}")
+        gone = [one for one in left if one["path"] not in self._paths]
+        return notes + [f"{one['path']} is left out, after {one['sequences']:,} sequences" for one in gone]
 
     def close(self) -> None:
         """Let go of what the sources hold."""

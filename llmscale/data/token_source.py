@@ -50,6 +50,7 @@ class TokenSource:
         self.tokenizer_sha256 = card.tokenizer_sha256
         self.vocab_size = card.vocab_size
         self.dtype = np.dtype(card.dtype)
+        self.fingerprint = card.index_sha256
         self._mapped: dict[int, Tokens] = {}
         samples = [len(shard.offsets) for shard in split.shards]
         self._shard_of = np.repeat(np.arange(len(samples)), samples)

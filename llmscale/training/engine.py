@@ -24,11 +24,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from llmscale.distributed.groups import Groups, Mpu
 from llmscale.errors import TrainingError
 from llmscale.models.stage import Stage
+from llmscale.training.batches import Batch
 from llmscale.training.gradients import GradientBuffers, complete, parameter_groups
 from llmscale.training.zero import Zero
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""tokens and labels of one micro-batch, each int64 [micro_batch, sequence]."""
 CALMER = "lower optimizer.lr or lengthen schedule.warmup_steps, and resume"
 
 

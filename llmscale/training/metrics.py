@@ -80,8 +80,8 @@ class Rates:
 class Recorder:
     """Writes and shows a run's figures, as a context manager on every rank; all but rank 0 do nothing.
 
-    lines: the start report. output: the run directory, made when it does not exist. done: steps that the run has behind
-    it.
+    lines: the start report. output: the run directory, made when it does not exist. done, tokens: steps that the run
+    has behind it, and the tokens of them.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class Recorder:
         device: torch.device,
         output: Path,
         done: int,
+        tokens: int,
         launch: Launch,
     ) -> None:
         self._config, self._lines, self._device = config, lines, device
-        self._output, self._done, self._speaks = output, done, launch.rank == 0
+        self._output, self._done, self._tokens_done, self._speaks = output, done, tokens, launch.rank == 0
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._rates = Rates.of(config, family, launch.world_size, name)
         self._sinks: list[Sink] = []
@@ -172,7 +173,7 @@ class Recorder:
             self._display.line(text)
 
     def _tokens(self, step: int) -> int:
-        return step * self._rates.tokens_per_step
+        return self._tokens_done + (step - self._done) * self._rates.tokens_per_step
 
     def _log(self, row: dict[str, Any]) -> None:
         for sink in self._sinks:

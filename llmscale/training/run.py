@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmscale.checkpoint.save import save
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
 from llmscale.config.schema import RunConfig
-from llmscale.data.prefetch import prefetch
+from llmscale.data.loader import Loader
 from llmscale.data.stream import Stream
 from llmscale.distributed import cpu
 from llmscale.distributed.groups import Groups, form_groups
@@ -109,51 +110,73 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     stack.callback(engine.close)
     folder = output / "checkpoints"
     checkpoint = find(config.checkpoint.resume, folder)
-    done = _resume(engine, checkpoint, run, launch.rank) if checkpoint is not None else 0
+    seen = _resume(engine, checkpoint, run, launch.rank) if checkpoint is not None else Seen()
     described = {**asdict(run.layout), "data": run.layout.data}
     lines = report.start_report(
         config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
     )
-    recorder = stack.enter_context(Recorder(config, run.family, lines, device, output, done, launch))
+    recorder = stack.enter_context(Recorder(config, run.family, lines, device, output, seen.steps, seen.tokens, launch))
     if launch.rank == 0:
         dump(config, output / "config.yaml")
         # Beside the checkpoints, so that they can be used where the data is not.
         shutil.copyfile(config.data.tokenizer or run.train.tokenizer, output / "tokenizer.json")
     if checkpoint is not None:
-        recorder.note(f"resumed from {checkpoint.path} at step {done}{_changes(checkpoint, described)}")
+        recorder.note(f"resumed from {checkpoint.path} at step {seen.steps}{_changes(checkpoint, described)}")
+        for note in seen.notes:
+            recorder.note(f"data: {note}")
+
+    def loader(stream: Stream, position: int, batches: int) -> Loader[list[Batch]]:
+        return Loader(
+            stream,
+            config.training.global_batch_size,
+            rank=groups.position.data,
+            world_size=run.layout.data,
+            position=position,
+            batches=batches,
+            prefetch=PREFETCH,
+            collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device),
+        )
 
     def write(step: int) -> None:
-        facts = manifest(config, step, described, report.versions())
+        facts = manifest(run, step, seen, ahead.state(), described, report.versions())
         path = save(folder, step, list(state.fragments(engine)), state.random_state(), facts)
         if launch.rank == 0:
             prune(folder, config.checkpoint.keep)
         recorder.saved(path)
 
-    def batch(stream: Stream, step: int) -> list[Batch]:
-        return micro_batches(stream, step, config.training, run.layout, groups.position.data, device)
-
-    def validation() -> Iterator[list[Batch]]:
-        for number in range(config.training.validation_batches):
-            if run.validation is not None:
-                yield batch(run.validation, number)
+    def validation(stream: Stream) -> Iterator[list[Batch]]:
+        with loader(stream, 0, config.training.validation_batches) as batches:
+            yield from batches
 
     def rate(step: int) -> float:
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
 
+    ahead = stack.enter_context(loader(run.train, seen.sequences, config.training.steps - seen.steps))
     if config.training.steps == 0 and config.checkpoint.interval and checkpoint is None:
         write(0)
-    ahead = prefetch((batch(run.train, step) for step in range(done, config.training.steps)), PREFETCH)
-    stack.callback(ahead.close)
     events = Events(step=recorder.step, validation=recorder.validation, save=write)
-    train(engine, ahead, validation if run.validation else None, rate, config, done, events)
+    validate = partial(validation, run.validation) if run.validation else None
+    train(engine, ahead, validate, rate, config, seen.steps, events)
 
 
-def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> int:
-    """Load a checkpoint, and this rank's random state where the layout is the same. Returns the steps done."""
+@dataclass(frozen=True)
+class Seen:
+    """What lies behind a run. notes: how its data is not as it was when that was saved."""
+
+    steps: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen:
+    """Load a checkpoint, and this rank's random state where the layout is the same."""
+    saved = checkpoint.manifest
+    notes = run.train.resume(saved["data"])
     state.restore(engine, checkpoint)
     if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):
         state.restore_random_state(checkpoint, rank)
-    return checkpoint.step
+    return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes))
 
 
 def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:
@@ -171,13 +194,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def manifest(config: RunConfig, step: int, layout: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint says besides its tensors. tokens, sequences: seen so far; the latter is the data's position."""
-    sequences = step * config.training.global_batch_size
+def manifest(
+    run: Run, step: int, seen: Seen, data: dict[str, Any], layout: dict[str, Any], versions: dict[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors. tokens: seen so far. data: the stream's state."""
+    sequences = data["position"] - seen.sequences
     return {
-        "tokens": sequences * config.data.sequence_length,
-        "sequences": sequences,
+        "tokens": seen.tokens + sequences * run.config.data.sequence_length,
+        "data": data,
         "layout": layout,
         "versions": versions,
-        "config": config.model_dump(mode="json"),
+        "config": run.config.model_dump(mode="json"),
     }

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from llmscale.checkpoint.format import Checkpoint
+from llmscale.data.shards import SplitWriter
 from tests.distributed.layouts import Case
 from tests.distributed.processes import command, in_processes
-from tests.distributed.test_matrix import run_config, train
+from tests.distributed.test_matrix import SEQUENCE, VOCAB, run_config, train
 
 STEPS = 6
 SAME = ("step", "tokens", "loss", "grad_norm", "learning_rate")
@@ -145,3 +151,61 @@ def test_a_run_resumes_on_another_layout(
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
         assert two["learning_rate"] == one["learning_rate"]
+
+
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of steps and saves, to a real process."""
+    steps = 40
+    configs = []
+    for name in ("whole", "killed"):
+        config = config_of(Case(), corpus, tmp_path / name, "bf16")
+        config["training"]["steps"] = steps
+        config["checkpoint"] = {"interval": 3, "keep": 2}
+        configs.append(config)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    train(configs[0], 1, tmp_path)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for rows in (5, 20):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmscale", "pretrain", str(tmp_path / "killed.yaml")], stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    train(configs[1], 1, tmp_path)
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{steps:08d}") for name in ("killed", "whole")]
+    assert_equal_state(*saved)
+
+
+def test_a_run_goes_on_with_other_batches_and_other_weights_of_its_sources(corpus: Path, tmp_path: Path) -> None:
+    """What each source gave before the stop and after it are its sequences without a gap, whatever was changed."""
+    second = tmp_path / "second"
+    second.mkdir()
+    writer = SplitWriter(second, "uint16", end_of_document=0, sample_tokens=4096, shard_samples=2)
+    writer.add(np.arange(9000, dtype=np.uint16) % 90 + 1, True, True)
+    writer.finish(b"{}", VOCAB)
+    config = config_of(Case(1, False, 1, 1, 2, zero=2), corpus, tmp_path / "run", "fp32")
+    config["data"]["train"] = [{"path": str(corpus), "weight": 3}, {"path": str(second)}]
+    config["training"]["steps"] = 3
+    _, checkpoint = train(config, 2, tmp_path)
+    before = checkpoint.manifest["data"]
+    batch = config["training"]["global_batch_size"]
+    assert before["position"] == 3 * batch
+    assert [source["sequences"] for source in before["sources"]] == [
+        before["position"] * 3 // 4,
+        before["position"] // 4,
+    ]
+    config["data"]["train"][0]["weight"] = 1
+    config["training"] |= {"steps": 5, "global_batch_size": batch * 2, "micro_batch_size": 2}
+    rows, checkpoint = train(config, 1, tmp_path)
+    after = checkpoint.manifest["data"]
+    assert after["since"] == before["position"]
+    assert after["position"] == 3 * batch + 2 * 2 * batch
+    given = [
+        now["sequences"] - then["sequences"] for now, then in zip(after["sources"], before["sources"], strict=True)
+    ]
+    assert given == [2 * batch, 2 * batch]
+    assert [row["tokens"] for row in rows] == [SEQUENCE * batch * n for n in (1, 2, 3, 5, 7)]
+    assert checkpoint.manifest["tokens"] == rows[-1]["tokens"]

@@ -1,5 +1,9 @@
+"""The stream: every sequence once an epoch, whoever reads it; sources mixed; stop, change something, go on."""
+
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from llmscale.data import stream as streams
 from llmscale.data.shards import Split
 from llmscale.data.stream import Stream
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 from .conftest import WriteSplit, row_of_tokens
 
@@ -106,6 +110,70 @@ def test_what_a_stream_says_of_itself(built: list[tuple[str, float]]) -> None:
     assert stream.read([]).shape == (0, 17)
     with pytest.raises(ValueError, match="positions count from 0"):
         stream.read([-1])
+
+
+def test_the_state_of_a_stream_does_not_grow_with_the_data_or_the_position(write_split: WriteSplit) -> None:
+    small, large = (Stream([(str(write_split(name, [50] * n)), 1.0)], 16, 1) for name, n in (("a", 4), ("b", 400)))
+    sizes = [len(json.dumps(stream.state(position))) for stream in (small, large) for position in (10, 10**6)]
+    assert max(sizes) - min(sizes) < 40
+
+
+def test_unchanged_sources_go_on_as_if_never_stopped(built: list[tuple[str, float]], tmp_path: Path) -> None:
+    reference = Stream(built, 16, seed=9).read(range(300))
+    # Copies elsewhere are the same sources.
+    moved = [(str(shutil.copytree(path, tmp_path / str(n))), weight) for n, (path, weight) in enumerate(built)]
+    stream = Stream(built, 16, seed=9)
+    for position, sources in ((100, built), (180, moved), (250, built)):
+        state = json.loads(json.dumps(stream.state(position)))
+        stream = Stream(sources, 16, seed=9)
+        assert stream.resume(state) == []
+        assert np.array_equal(stream.read(range(position, 300)), reference[position:])
+
+
+def test_reweighted_and_added_sources_leave_the_others_where_they_were(
+    built: list[tuple[str, float]], write_split: WriteSplit
+) -> None:
+    first = Stream(built, 16, seed=9)
+    position = 120
+    counts = first.counts(position)
+    added = str(write_split("added", [40] * 30, first=4, dtype="uint16"))
+    # The order of the list does not matter either.
+    changed = [(added, 2.0), (built[2][0], 1.0), (built[0][0], 5.0)]
+    second = Stream(changed, 16, seed=9)
+    notes = second.resume(first.state(position))
+    assert notes == [
+        f"{added} is new: it begins at its first sequence",
+        f"{built[2][0]}: weight 2.5 -> 1, goes on at {counts[2]}",
+        f"{built[1][0]} is left out, after {counts[1]} sequences",
+    ]
+    assert second.counts(position) == (0, counts[2], counts[0])
+    read = second.read(range(position, position + 80))
+    after = np.array(second.counts(position + 80)) - second.counts(position)
+    assert np.abs(after / 80 - np.array([2.0, 1.0, 5.0]) / 8).max() < 2 / 80
+    # Each source's own sequences follow on each other, with none twice and none left out.
+    alone = Stream([built[0]], 16, seed=9).read(range(counts[0], counts[0] + after[2]))
+    assert np.array_equal(read[(read.max(axis=1) == 1)], alone)
+    # And the changed stream is stopped and goes on like any other.
+    third = Stream(changed, 16, seed=9)
+    assert third.resume(second.state(position + 30)) == []
+    assert np.array_equal(third.read(range(position + 30, position + 80)), read[30:])
+
+
+def test_a_source_that_was_built_anew_begins_at_its_first_sequence(write_split: WriteSplit) -> None:
+    folder = write_split("a", [50] * 40)
+    stream = Stream([(str(folder), 1.0)], 16, seed=1)
+    state = stream.state(30)
+    shutil.rmtree(folder)
+    write_split("a", [50] * 60)
+    again = Stream([(str(folder), 1.0)], 16, seed=1)
+    assert again.resume(state) == [f"{folder} has changed: it begins at its first sequence"]
+    assert again.counts(30) == (0,)
+
+
+@pytest.mark.parametrize(("length", "seed", "key"), [(16, 2, "run.seed: is 2"), (8, 1, "data.sequence_length: is 8")])
+def test_another_order_cannot_go_on(built: list[tuple[str, float]], length: int, seed: int, key: str) -> None:
+    with pytest.raises(UsageError, match=key):
+        Stream(built, length, seed).resume(Stream(built, 16, seed=1).state(5))
 
 
 def test_more_shards_than_may_be_mapped_at_once(write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch) -> None:

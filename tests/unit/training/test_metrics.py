@@ -44,7 +44,7 @@ def config(**training: Any) -> RunConfig:
 def recorder(output: Path, done: int = 0, rank: int = 0, **training: Any) -> Recorder:
     launch = Launch(rank, 2, rank, 2, "127.0.0.1", 0, "torchrun")
     lines = {"device": "CPU (gloo) × 2", "layout": "data 2"}
-    return Recorder(config(**training), families()["llama"], lines, CPU, output, done, launch)
+    return Recorder(config(**training), families()["llama"], lines, CPU, output, done, done * TOKENS, launch)
 
 
 def step(recorder: Recorder, number: int) -> None:
