@@ -39,10 +39,16 @@ class Stream:
                 raise DataError(
                     f"{split.folder}: built with another tokenizer than {splits[0].folder}; build both with one"
                 )
+            if source.end_of_document != first.end_of_document:
+                raise DataError(
+                    f"{split.folder}: documents end with the id {source.end_of_document}, those of {splits[0].folder} "
+                    f"with {first.end_of_document}; build both with the same --end-of-document"
+                )
         self._mixture = Mixture([weight for _, weight in sources])
         self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self.sequence_length = sequence_length
         self.vocab_size = max(source.vocab_size for source in self._sources)
+        self.end_of_document = first.end_of_document
         self.tokenizer = first.tokenizer
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:

@@ -7,15 +7,22 @@ micro_batch_size of them from (m × data_parallel + d) × micro_batch_size on. N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from llmscale.config.schema import Training
 from llmscale.distributed.layout import Layout
+from llmscale.models.packing import Packing
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+
+class Batch(NamedTuple):
+    """One micro-batch: tokens and labels, each int64 [micro_batch, sequence], and the documents not to be mixed."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    packing: Packing | None = None
 
 
 class Sequences(Protocol):
@@ -33,11 +40,27 @@ def positions(step: int, training: Training, layout: Layout, data_rank: int) -> 
 
 
 def micro_batches(
-    stream: Sequences, step: int, training: Training, layout: Layout, data_rank: int, device: torch.device
+    stream: Sequences,
+    step: int,
+    training: Training,
+    layout: Layout,
+    data_rank: int,
+    device: torch.device,
+    end_of_document: int | None = None,
 ) -> list[Batch]:
-    """Tokens and labels of each micro-batch of a step, each int64 [micro_batch, sequence], on the device."""
+    """The micro-batches of a step, on the device.
+
+    end_of_document: keep attention inside the documents that end with this id. The label of that id is the first
+    token of the next document, and counts in the loss as any other.
+    """
+    size = training.micro_batch_size
     runs = positions(step, training, layout, data_rank)
-    tokens = torch.from_numpy(stream.read([position for run in runs for position in run]))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(training.micro_batch_size)]
+    read = torch.from_numpy(stream.read([position for run in runs for position in run]))
+    packings: list[Packing | None] = [None] * len(runs)
+    if end_of_document is not None:
+        packings = [Packing.of(part[:, :-1], end_of_document, device) for part in read.split(size)]
+    tokens = read.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else read
+    return [
+        Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), packing)
+        for part, packing in zip(tokens.split(size), packings, strict=True)
+    ]

@@ -130,7 +130,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         recorder.saved(path)
 
     def batch(stream: Stream, step: int) -> list[Batch]:
-        return micro_batches(stream, step, config.training, run.layout, groups.position.data, device)
+        end = stream.end_of_document if config.data.mask_documents else None
+        return micro_batches(stream, step, config.training, run.layout, groups.position.data, device, end)
 
     def validation() -> Iterator[list[Batch]]:
         for number in range(config.training.validation_batches):
