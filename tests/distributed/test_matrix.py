@@ -50,8 +50,8 @@ def run_config(case: Case, data: Path, output: Path, precision: str, batch: int 
             "pipeline": case.pipeline, "virtual_pipeline": case.virtual_pipeline,
         },
         "training": {
-            "steps": STEPS, "global_batch_size": batch, "micro_batch_size": 2 if case.mask else 1, "precision": precision,
-            "gradient_clipping": 0.5, "recompute": case.recompute,
+            "steps": STEPS, "global_batch_size": batch, "micro_batch_size": 2 if case.mask else 1,
+            "precision": precision, "gradient_clipping": 0.5, "recompute": case.recompute,
         },
         # The gradient of a key's bias is zero (softmax does not see it): what is left is rounding, 1e-9, which Adam
         # would blow up to a whole step with its usual epsilon of 1e-8.
