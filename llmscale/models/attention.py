@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from llmscale.models.packing import Packing
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 _VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
 """What varlen_attn takes here. `window_size` is how one says causal in torch 2.11 and 2.13; grouped queries want
@@ -84,12 +84,14 @@ def _attend(
 ) -> torch.Tensor:
     sequence, batch, heads, head_dim = query.shape
     if packing is None:
-        context = _causal(*(part.permute(1, 2, 0, 3) for part in (query, key, value)), dropout)
+        context = _causal(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), dropout)
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
     # [sequence × batch, heads, head_dim], sequence after sequence: then a document lies in one piece.
-    parts = [part.transpose(0, 1).flatten(0, 1) for part in (query, key, value)]
-    fits = varlen_fits(query.device, query.dtype, head_dim, dropout)
-    context = _varlen(*parts, packing) if fits else _one_by_one(*parts, packing, dropout)
+    query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))
+    if varlen_fits(query.device, query.dtype, head_dim, dropout):
+        context = _varlen(query, key, value, packing)
+    else:
+        context = _one_by_one(query, key, value, packing, dropout)
     return context.view(batch, sequence, heads * head_dim).transpose(0, 1)
 
 
@@ -110,5 +112,6 @@ def _one_by_one(
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     longest, boundaries = max(packing.lengths), packing.boundaries
-    grouped = {"enable_gqa": True} if "enable_gqa" in _VARLEN else {}
-    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=_CAUSAL, **grouped)
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN else {}
+    context = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=_CAUSAL, **grouped)
+    return cast(torch.Tensor, context)
