@@ -115,7 +115,11 @@ class Data(Section):
         None, description="Path of a tokenizer.json; the one beside the first training source when null."
     )
     sequence_length: Int = Field(ge=1, description="Tokens of one sequence that the model sees.", examples=[2048])
-    mask_documents: Bool = Field(False, description="Keep attention inside a document. Not built yet: must be false.")
+    mask_documents: Bool = Field(
+        False,
+        description="Keep attention inside a document, and count positions from its first token. "
+        "The first token of the next document stays a label.",
+    )
 
 
 class Parallel(Section):

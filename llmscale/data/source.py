@@ -20,6 +20,8 @@ class Source(Protocol):
     tokenizer: Path
     tokenizer_sha256: str
     vocab_size: int
+    end_of_document: int
+    """The id after which a document begins, and which stands nowhere else."""
     dtype: np.dtype[Any]
     fingerprint: str
     """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""

@@ -43,6 +43,11 @@ class Stream:
                 raise DataError(
                     f"{split.folder}: built with another tokenizer than {splits[0].folder}; build both with one"
                 )
+            if source.end_of_document != first.end_of_document:
+                raise DataError(
+                    f"{split.folder}: documents end with the id {source.end_of_document}, those of {splits[0].folder} "
+                    f"with {first.end_of_document}; build both with the same --end-of-document"
+                )
         self._mixture = Mixture([weight for _, weight in sources])
         self._since = 0
         self._bases = np.zeros(len(sources), dtype=np.int64)
@@ -50,6 +55,7 @@ class Stream:
         self.sequence_length = sequence_length
         self.seed = seed
         self.vocab_size = max(source.vocab_size for source in self._sources)
+        self.end_of_document = first.end_of_document
         self.tokenizer = first.tokenizer
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:

@@ -49,6 +49,7 @@ class TokenSource:
         self.tokenizer = split.tokenizer
         self.tokenizer_sha256 = card.tokenizer_sha256
         self.vocab_size = card.vocab_size
+        self.end_of_document = card.end_of_document
         self.dtype = np.dtype(card.dtype)
         self.fingerprint = card.index_sha256
         self._mapped: dict[int, Tokens] = {}

@@ -206,13 +206,6 @@ RULES: tuple[Rule, ...] = (
         lambda f: f"use at most {f.model.max_position_embeddings}, or raise model.max_position_embeddings",
     ),
     Rule(
-        "data.mask_documents",
-        "is false: document masks are not built yet",
-        lambda f: f.data.mask_documents,
-        lambda f: "document masks are not built yet",
-        lambda f: "use false",
-    ),
-    Rule(
         "parallel.context",
         "is 1: context parallelism is not built yet",
         lambda f: f.parallel.context > 1,

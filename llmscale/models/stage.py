@@ -24,6 +24,7 @@ from llmscale.models.family import Family, Weight
 from llmscale.models.init import initialize
 from llmscale.models.loss import cross_entropy
 from llmscale.models.norms import NORMS
+from llmscale.models.packing import Packing
 from llmscale.models.transformer import layer_spec, transformer_config
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -98,8 +99,11 @@ class Stage(MegatronModule):
         """Called by Megatron's schedule with the previous stage's output, [sequence, micro_batch, hidden]."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens and labels: [micro_batch, sequence].
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, packing: Packing | None = None
+    ) -> torch.Tensor:
+        """tokens and labels: [micro_batch, sequence]. packing: keeps attention inside the documents, and counts
+        positions from each one's first token; without it a sequence is one document.
 
         Returns what the next stage needs, [sequence, micro_batch, hidden] (under sequence parallelism this rank's
         part of the sequence); on the last stage the loss of each token in nats, fp32 [micro_batch, sequence], or
@@ -108,10 +112,14 @@ class Stage(MegatronModule):
         """
         hidden = None
         if self.pre_process:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            hidden = self.embedding(input_ids=tokens, position_ids=positions)
-        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(tokens.shape[1])
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+            places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            hidden = self.embedding(input_ids=tokens, position_ids=places if packing is None else packing.positions)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_angles(tokens.shape[1], packing),
+            packed_seq_params=packing,
+        )
         if not self.post_process:
             return hidden
         weight = self.embedding.word_embeddings.weight if self.tied and self.pre_process else None
@@ -120,6 +128,13 @@ class Stage(MegatronModule):
         if labels is None:
             return logits
         return cross_entropy(logits, labels.transpose(0, 1), self._loss_group).transpose(0, 1)
+
+    def _rotary_angles(self, sequence: int, packing: Packing | None) -> torch.Tensor | None:
+        """[sequence, 1, 1, head_dim], or with a packing [sequence, micro_batch, 1, head_dim]."""
+        if self.rotary_pos_emb is None:
+            return None
+        angles: torch.Tensor = self.rotary_pos_emb(sequence)
+        return angles if packing is None else angles.squeeze(1)[packing.positions.t()]
 
     def _hide_padding(self, logits: torch.Tensor) -> None:
         """Take the padding out of the softmax, in place; its gradient is then zero by itself (exp(-inf))."""

@@ -46,8 +46,8 @@ class _Chunks(torch.nn.Module):
         super().__init__()
         self.chunks = torch.nn.ModuleList(stages)
 
-    def forward(self, index: int, *args: Any) -> torch.Tensor:
-        output: torch.Tensor = self.chunks[index](*args)
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = self.chunks[index](*args, **kwargs)
         return output
 
 
@@ -60,8 +60,8 @@ class _Hooked(torch.nn.Module):
         self.vp_stage = stage.vp_stage
         self._call = call
 
-    def forward(self, *args: Any) -> torch.Tensor:
-        return self._call(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._call(*args, **kwargs)
 
 
 class Engine:
@@ -113,12 +113,12 @@ class Engine:
         ]
 
     def _traced(self, index: int) -> Callable[..., torch.Tensor]:
-        return lambda *args: self.deepspeed(index, *args)
+        return lambda *args, **kwargs: self.deepspeed(index, *args, **kwargs)
 
     @staticmethod
     def _direct(stage: Stage, prologue: Callable[[], None]) -> Callable[..., torch.Tensor]:
-        def call(*args: Any) -> torch.Tensor:
-            output: torch.Tensor = stage(*args)
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            output: torch.Tensor = stage(*args, **kwargs)
             if output.requires_grad:
                 output.register_hook(lambda gradient: prologue())
             return output
@@ -145,7 +145,7 @@ class Engine:
         return self._mean_loss(self._run(batches, forward_only=True))
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
-        sequence, micro_batch = batches[0][0].shape[1], batches[0][0].shape[0]
+        micro_batch, sequence = batches[0].tokens.shape
         interleaved = self.groups.layout.virtual_pipeline > 1
         reports = self._schedule(
             forward_step_func=_forward_step,
@@ -185,8 +185,9 @@ class Engine:
 
 
 def _forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    tokens, labels = next(batches)
-    return model(tokens, labels), _loss
+    batch: Batch = next(batches)
+    # By name: DeepSpeed looks for tensors in what it is handed by place, and warns of types that it does not know.
+    return model(batch.tokens, batch.labels, packing=batch.packing), _loss
 
 
 def _loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

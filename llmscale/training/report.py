@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from llmscale.config.schema import RunConfig
 from llmscale.distributed.launch import Launch
+from llmscale.models.attention import varlen_fits
 from llmscale.models.family import Family
+from llmscale.models.transformer import DTYPES
 from llmscale.training.engine import Engine
 
 PACKAGES = ("llmscale", "torch", "megatron-core", "deepspeed", "webdataset")
@@ -83,7 +85,7 @@ def start_report(
         "device": f"{device_name(device)} × {launch.world_size}, started by {launch.launcher}",
         "layout": f"{layout}{stages}",
         "model": f"{config.model.family}, {count:,} parameters, {config.model.num_layers} layers",
-        "attention": f"torch scaled_dot_product_attention ({_attention(device)})",
+        "attention": _attention(config, device),
         "norm": f"torch {'LayerNorm' if family.norm == 'layernorm' else 'RMSNorm'}",
         "precision": _precision(training.precision),
         "ZeRO": f"stage {layout.zero_stage}{offload}",
@@ -104,7 +106,17 @@ def _precision(precision: str) -> str:
     return "bf16 compute, fp32 master weights and gradients" if precision == "bf16" else "fp32"
 
 
-def _attention(device: torch.device) -> str:
+def _attention(config: RunConfig, device: torch.device) -> str:
+    model = config.model
+    kernel = f"torch scaled_dot_product_attention ({_backends(device)})"
+    if not config.data.mask_documents:
+        return kernel
+    if varlen_fits(device, DTYPES[config.training.precision], model.head_size, model.dropout):
+        return "inside documents: torch varlen_attn (flash)"
+    return f"inside documents: {kernel}, one call a document"
+
+
+def _backends(device: torch.device) -> str:
     if device.type == "cpu":
         return "flash kernel of the CPU"
     backends = torch.backends.cuda

@@ -126,6 +126,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             recorder.note(f"data: {note}")
 
     def loader(stream: Stream, position: int, batches: int) -> Loader[list[Batch]]:
+        end = stream.end_of_document if config.data.mask_documents else None
         return Loader(
             stream,
             config.training.global_batch_size,
@@ -134,7 +135,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             position=position,
             batches=batches,
             prefetch=PREFETCH,
-            collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device),
+            collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device, end),
         )
 
     def write(step: int) -> None:

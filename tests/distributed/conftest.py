@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 
 from llmscale.data.shards import SplitWriter
+from tests.distributed.reference import END_OF_DOCUMENT
 
 VOCAB = 100
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 30,000 tokens in documents of all lengths, vocabulary 100; a token follows from the last two."""
-    folder = tmp_path_factory.mktemp("corpus") / "train"
+def write_corpus(folder: Path, longest: int) -> Path:
+    """Shards of 30,000 tokens in documents of 3 to `longest`; a token follows from the last two."""
     folder.mkdir()
     draw = np.random.default_rng(0)
-    writer = SplitWriter(folder, "uint16", end_of_document=0, sample_tokens=4096, shard_samples=2)
+    writer = SplitWriter(folder, "uint16", END_OF_DOCUMENT, sample_tokens=4096, shard_samples=2)
     left = 30_000
     while left > 0:
-        length = int(draw.integers(2, 400))
+        length = int(draw.integers(2, longest))
         tokens = [int(t) for t in draw.integers(1, VOCAB, 2)]
         while len(tokens) < length:
             noise = int(draw.integers(0, 3))
@@ -30,3 +29,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         left -= length
     writer.finish(b"{}", VOCAB)
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of all lengths."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "train", 400)
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of which two or three fill a sequence of the layout matrix."""
+    return write_corpus(tmp_path_factory.mktemp("short") / "train", 12)

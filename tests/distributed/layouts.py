@@ -21,6 +21,7 @@ class Case:
     tied: bool = False
     offload: bool = False
     recompute: str = "none"
+    mask: bool = False
 
     @property
     def world_size(self) -> int:
@@ -32,6 +33,7 @@ class Case:
         parts += [f"vpp{self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
         parts += [f"dp{self.data}", f"zero{self.zero}{'-offload' if self.offload else ''}"]
         parts += [self.recompute] if self.recompute != "none" else []
+        parts += ["mask"] if self.mask else []
         return "-".join(parts)
 
 
@@ -63,6 +65,13 @@ FP32 = [
     Case(1, False, 2, 1, 2, zero=1, family="gpt2", tied=True, offload=True),
     Case(2, True, 1, 1, 2, zero=2, family="llama", offload=True),
     Case(1, False, 2, 2, 2, zero=3, family="llama", offload=True),
+    # Attention inside documents, of which a sequence holds several; micro-batches of two sequences.
+    Case(2, True, 2, 1, 1, zero=1, family="gpt2", tied=True, mask=True),
+    Case(2, True, 1, 1, 2, zero=2, family="llama", recompute="selective", mask=True),
+    Case(2, False, 1, 1, 1, zero=3, family="gpt2", recompute="full", mask=True),
+    Case(1, False, 2, 1, 2, zero=3, family="llama", recompute="full", mask=True),
+    Case(1, False, 2, 2, 1, zero=2, family="gpt2", recompute="full", mask=True),
+    Case(2, False, 2, 2, 1, zero=1, family="llama", tied=True, mask=True),
 ]
 BF16 = [
     Case(1, False, 1, 1, 2, zero=0, family="gpt2", tied=True),
@@ -75,4 +84,5 @@ BF16 = [
     Case(2, True, 1, 1, 2, zero=1),
     Case(2, False, 2, 1, 1, zero=2),
     Case(2, True, 2, 1, 1, zero=3, family="gpt2", tied=True),
+    Case(2, True, 2, 1, 1, zero=2, mask=True),
 ]

@@ -18,6 +18,8 @@ from llmscale.models.family import families
 from llmscale.models.init import initial_tensor
 
 Weights = dict[str, torch.Tensor]
+END_OF_DOCUMENT = 0
+"""The id that ends a document in the tests' token shards."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,22 @@ def forward(weights: Weights, config: RunConfig, tokens: torch.Tensor) -> torch.
 
     def rotate(x: torch.Tensor) -> torch.Tensor:  # [batch, heads, sequence, size]
         frequency = model.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-        angle = torch.arange(sequence, dtype=torch.float32)[:, None] * frequency
+        angle = place[:, None, :, None].float() * frequency
         cos, sin = (torch.cat([part, part], -1).to(x.dtype) for part in (angle.cos(), angle.sin()))
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
+    place = torch.arange(sequence).expand(batch, sequence)
+    mask = None
+    if config.data.mask_documents:
+        ended = (tokens == END_OF_DOCUMENT).long()
+        document = ended.cumsum(1) - ended  # documents that ended before this token
+        same = document[:, :, None] == document[:, None, :]
+        mask = same.tril()[:, None]
+        place = mask[:, 0].sum(2) - 1
     x = weights["embedding.word_embeddings.weight"][tokens]
     if family.positions == "learned":
-        x = x + weights["embedding.position_embeddings.weight"][:sequence]
+        x = x + weights["embedding.position_embeddings.weight"][place]
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}"
         # Rows of linear_qkv go group by group: the group's queries, its key, its value.
@@ -67,7 +77,7 @@ def forward(weights: Weights, config: RunConfig, tokens: torch.Tensor) -> torch.
         k, v = qkv[:, :, per_group], qkv[:, :, per_group + 1]
         if family.positions == "rope":
             q, k = rotate(q), rotate(k)
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        context = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         context = context.transpose(1, 2).reshape(batch, sequence, heads * size)
         x = x + linear(context, f"{at}.self_attention.linear_proj")
         hidden = linear(norm(x, f"{at}.pre_mlp_layernorm"), f"{at}.mlp.linear_fc1")

@@ -44,14 +44,14 @@ def run_config(case: Case, data: Path, output: Path, precision: str, batch: int 
             "num_query_groups": max(2, case.tensor) if case.family == "llama" else 4,
             "vocab_size": VOCAB, "max_position_embeddings": SEQUENCE, "tie_embeddings": case.tied, "init_std": 0.1,
         },
-        "data": {"train": [{"path": str(data)}], "sequence_length": SEQUENCE},
+        "data": {"train": [{"path": str(data)}], "sequence_length": SEQUENCE, "mask_documents": case.mask},
         "parallel": {
             "tensor": case.tensor, "sequence_parallel": case.sequence_parallel,
             "pipeline": case.pipeline, "virtual_pipeline": case.virtual_pipeline,
         },
         "training": {
-            "steps": STEPS, "global_batch_size": batch, "micro_batch_size": 1, "precision": precision,
-            "gradient_clipping": 0.5, "recompute": case.recompute,
+            "steps": STEPS, "global_batch_size": batch, "micro_batch_size": 2 if case.mask else 1,
+            "precision": precision, "gradient_clipping": 0.5, "recompute": case.recompute,
         },
         # The gradient of a key's bias is zero (softmax does not see it): what is left is rounding, 1e-9, which Adam
         # would blow up to a whole step with its usual epsilon of 1e-8.
@@ -96,8 +96,8 @@ def reference_of(config: dict[str, Any]) -> tuple[list[reference.ReferenceStep],
 
 
 @pytest.mark.parametrize("case", FP32, ids=str)
-def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, tmp_path: Path) -> None:
-    config = run_config(case, corpus, tmp_path / "run", "fp32")
+def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, short_documents: Path, tmp_path: Path) -> None:
+    config = run_config(case, short_documents if case.mask else corpus, tmp_path / "run", "fp32")
     rows, checkpoint = train(config, case.world_size, tmp_path)
     steps, weights = reference_of(config)
     assert len(rows) == len(steps)
@@ -133,8 +133,9 @@ def assert_bf16(config: dict[str, Any], case: Case, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_bf16_layout_trains_as_the_reference(case: Case, corpus: Path, tmp_path: Path) -> None:
-    assert_bf16(run_config(case, corpus, tmp_path / "run", "bf16"), case, tmp_path)
+def test_bf16_layout_trains_as_the_reference(case: Case, corpus: Path, short_documents: Path, tmp_path: Path) -> None:
+    data = short_documents if case.mask else corpus
+    assert_bf16(run_config(case, data, tmp_path / "run", "bf16"), case, tmp_path)
 
 
 @pytest.mark.parametrize("case", [Case(1, False, 1, 1, 1, zero=1), Case(1, False, 2, 1, 1, zero=2)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,26 @@ def test_validation_changes_no_training_step(case: Case, corpus: Path, tmp_path:
     assert all(0.5 < loss < 5.5 for _, loss in found)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
-def test_recomputation_with_dropout_changes_no_step(sequence_parallel: bool, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, False, 1, 1, 2),
+        Case(2, True, 1, 1, 2),
+        Case(2, True, 1, 1, 2, mask=True),
+        # Several micro-batches are under way at a time: each is recomputed with its own documents.
+        Case(1, False, 2, 1, 1, family="gpt2", mask=True),
+    ],
+    ids=str,
+)
+def test_recomputation_with_dropout_changes_no_step(
+    case: Case, corpus: Path, short_documents: Path, tmp_path: Path
+) -> None:
     """Recomputed dropout must draw what the first pass drew, be it from the ranks' own or their common generator."""
     found = []
     for recompute in ("none", "selective", "full"):
-        case = Case(2, sequence_parallel, 1, 1, 2, zero=1, recompute=recompute)
-        config = run_config(case, corpus, tmp_path / recompute, "fp32")
+        data = short_documents if case.mask else corpus
+        config = run_config(replace(case, recompute=recompute), data, tmp_path / recompute, "fp32")
         config["model"]["dropout"] = 0.1
-        train(config, 4, tmp_path)
+        train(config, case.world_size, tmp_path)
         found.append(rows_of(config, "loss"))
     assert found[0] == found[1] == found[2]

@@ -80,6 +80,16 @@ def test_a_small_model_learns_on_one_gpu(data: Path, tmp_path: Path, precision: 
     assert rows[-1]["validation_loss"] < losses[0] - 1.5
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_small_model_learns_inside_documents(data: Path, tmp_path: Path, dropout: float) -> None:
+    output = tmp_path / "run"
+    model = {"preset": "tiny-llama", "dropout": dropout}
+    llmscale("pretrain", config(data, output, model=model), "data.mask_documents=true", "training.recompute=selective")
+    losses = [row["loss"] for row in metrics(output) if row.get("loss") is not None]
+    assert len(losses) == STEPS
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+
+
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     dropout = {"preset": "tiny-llama", "dropout": 0.1}

@@ -289,7 +289,7 @@ extra: 1
         "rules of every kind",
         """\
 model: {family: gtp, num_layers: 2, hidden_size: 64, num_attention_heads: 6}
-data: {train: [{path: a}], sequence_length: 4096, mask_documents: true}
+data: {train: [{path: a}], sequence_length: 4096}
 parallel: {sequence_parallel: true, pipeline: 4, context: 2, stage_layers: [1, 1]}
 training: {steps: 10, global_batch_size: 8, validation_interval: 1}
 schedule: {warmup_steps: 11}
@@ -297,7 +297,6 @@ schedule: {warmup_steps: 11}
         [
             "model.family: there is no family 'gtp'; use one of gpt2, llama",
             "model.num_attention_heads: 6 heads do not divide hidden_size 64; use 4 or 8, or set model.head_dim",
-            "data.mask_documents: document masks are not built yet; use false",
             "data.sequence_length: 4096 is longer than model.max_position_embeddings 2048; "
             "use at most 2048, or raise model.max_position_embeddings",
             "parallel.context: context parallelism is not built yet; use 1",

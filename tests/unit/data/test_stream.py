@@ -229,3 +229,13 @@ def test_an_id_beyond_the_vocabulary_is_named_by_shard_and_sample(write_split: W
         DataError, match=r"shard-00003\.tar: sample 000000010 holds the id 3000, .*vocabulary has 3000;"
     ):
         Stream([(str(folder), 1.0)], 16, seed=0).read(range(100))
+
+
+def test_sources_whose_documents_end_differently_are_refused(write_split: WriteSplit) -> None:
+    """Which tokens begin a document must not depend on the source they came from."""
+    one, other = write_split("a", [90]), write_split("b", [90])
+    assert Stream([(str(one), 1.0), (str(other), 1.0)], 8, seed=0).end_of_document == 0
+    card = json.loads((other / "card.json").read_text())
+    (other / "card.json").write_text(json.dumps({**card, "end_of_document": 3}))
+    with pytest.raises(DataError, match=r"b: documents end with the id 3, those of .*a with 0; .*--end-of-document"):
+        Stream([(str(one), 1.0), (str(other), 1.0)], 8, seed=0)

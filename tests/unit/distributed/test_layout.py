@@ -73,12 +73,6 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
         "use at most 64, or raise model.max_position_embeddings",
         [({"data.sequence_length": 64}, 1), ({"model.max_position_embeddings": 65}, 1)],
     ),
-    "is false: document masks are not built yet": (
-        {"data.mask_documents": True},
-        1,
-        "data.mask_documents: document masks are not built yet; use false",
-        [({"data.mask_documents": False}, 1)],
-    ),
     "is 1: context parallelism is not built yet": (
         {"parallel.context": 2},
         1,
