@@ -252,6 +252,63 @@ def verify(context: click.Context, folder: Path, as_json: bool) -> None:
     click.echo(f"{folder}: whole, {_bytes(checked)} checked")
 
 
+@command.command("describe")
+@_inputs
+@_more
+@_text_key
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="tokenizer.json to use.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the description.")
+@click.option(
+    "--streams", type=click.IntRange(min=1), default=64, show_default=True,
+    help="Logical streams; data-parallel ranks share the tokenising where their number divides it.",
+)  # fmt: skip
+@click.option(
+    "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
+)
+@_json
+def describe(
+    inputs: Sequence[str],
+    more: Sequence[str],
+    text_key: str,
+    tokenizer: Path,
+    output: Path,
+    streams: int,
+    end_of_document: str | None,
+    as_json: bool,
+) -> None:
+    """Describe raw-text webdataset shards, so that they can be tokenised while they stream.
+
+    The shards (.tar with .txt or .json samples) stay as and where they are; the description is what data.train[].path
+    names.
+
+    \b
+    Example:
+      llmscale data describe --input 'shards/*.tar' --tokenizer tok.json --output data/web
+    """
+    from llmscale.data.build import Progress
+    from llmscale.data.text_shards import describe as run
+
+    with _display("reading") as report:
+        card = run(
+            (*inputs, *more),
+            tokenizer,
+            output,
+            streams=streams,
+            text_key=text_key,
+            end_of_document=end_of_document,
+            report=lambda done, total, documents: report(Progress(total, done, documents)),
+        )
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **card.model_dump()}))
+        return
+    click.echo(
+        f"{output}: {card.documents:,} documents in {card.shards:,} shard(s), {_bytes(card.bytes)}, "
+        f"read in {card.streams} logical stream(s)"
+    )
+    if card.streams < streams:
+        click.echo(f"  {streams} streams were asked for, and the text has {card.pieces} piece(s): one a stream")
+
+
 def _cpus() -> int:
     """The CPUs that this process may use, where the system can say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

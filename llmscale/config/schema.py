@@ -98,10 +98,19 @@ class Model(Section):
 
 
 class DataSource(Section):
-    """One folder of shards."""
+    """One source of sequences."""
 
-    path: str = Field(min_length=1, description="Folder that `llmscale data build` wrote.", examples=["data/train"])
+    path: str = Field(
+        min_length=1,
+        description="Folder that `llmscale data build` wrote, or `llmscale data describe` for text.",
+        examples=["data/train"],
+    )
     weight: Float = Field(1.0, gt=0.0, description="Share of the sequences, relative to the other sources.")
+    format: Literal["tokens", "text"] | None = Field(
+        None,
+        description="tokens: token shards. text: raw-text shards, tokenised while they stream. When null, as the "
+        "folder's card.json says; a folder of the other kind is refused.",
+    )
 
 
 class Data(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,12 @@ class Source(Protocol):
 
     def state(self, ordinal: int) -> Mapping[str, Any]:
         """What it takes to go on at this ordinal besides the ordinal, as JSON; its size is not that of the data."""
+
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """One of what several readers of different sequences gave as their state at the same ordinal."""
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was taken, without reading what came before."""
 
     def close(self) -> None:
         """Let go of files, threads and processes."""

@@ -10,6 +10,7 @@ at the end.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 from llmscale.data.mixture import Mixture
 from llmscale.data.shards import Split
 from llmscale.data.source import Integers, Source
+from llmscale.data.text_shards import TEXT_FORMAT, TextSplit
+from llmscale.data.text_source import TextSource
 from llmscale.data.token_source import TokenSource
 from llmscale.errors import DataError, UsageError
 
@@ -34,20 +37,18 @@ class Stream:
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
-        splits = [Split(Path(folder)) for folder, _ in sources]
-        limit = max(8, _OPEN_SHARDS // len(splits))
-        self._sources: list[Source] = [TokenSource(split, sequence_length, seed, limit) for split in splits]
+        limit = max(8, _OPEN_SHARDS // len(sources))
+        self._sources = [open_source(Path(path), sequence_length, seed, limit) for path in self._paths]
         first = self._sources[0]
-        for split, source in zip(splits, self._sources, strict=True):
+        for path, source in zip(self._paths, self._sources, strict=True):
             if source.tokenizer_sha256 != first.tokenizer_sha256:
-                raise DataError(
-                    f"{split.folder}: built with another tokenizer than {splits[0].folder}; build both with one"
-                )
+                raise DataError(f"{path}: has another tokenizer than {self._paths[0]}; build both with one")
             if source.end_of_document != first.end_of_document:
                 raise DataError(
-                    f"{split.folder}: documents end with the id {source.end_of_document}, those of {splits[0].folder} "
+                    f"{path}: documents end with the id {source.end_of_document}, those of {self._paths[0]} "
                     f"with {first.end_of_document}; build both with the same --end-of-document"
                 )
+        self.formats = tuple("text" if isinstance(one, TextSource) else "tokens" for one in self._sources)
         self._mixture = Mixture([weight for _, weight in sources])
         self._since = 0
         self._bases = np.zeros(len(sources), dtype=np.int64)
@@ -124,6 +125,14 @@ class Stream:
             "sources": sources,
         }
 
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One of the states that all ranks gave at the same position: each knows the sequences that it read."""
+        sources = [
+            {**own[0], "state": dict(source.merge([one["state"] for one in own]))}
+            for source, *own in zip(self._sources, *(state["sources"] for state in states), strict=True)
+        ]
+        return {**states[0], "sources": sources}
+
     def resume(self, state: Mapping[str, Any]) -> list[str]:
         """Go on where `state` was taken; gives what is not as it was then, in words.
 
@@ -157,6 +166,7 @@ class Stream:
                 continue
             left.remove(found)
             self._bases[number] = found["base"] if same else found["sequences"]
+            source.resume(found["state"])
             weight = self._mixture.weights[number]
             if weight != found["weight"]:
                 notes.append(f"{path}: weight {found['weight']:g} -> {weight:g}, goes on at {found['sequences']:,}")
@@ -167,3 +177,18 @@ class Stream:
         """Let go of what the sources hold."""
         for source in self._sources:
             source.close()
+
+
+def open_source(path: Path, sequence_length: int, seed: int, open_shards: int) -> Source:
+    """The source that a folder's card.json says it is."""
+    if _format(path) == TEXT_FORMAT:
+        return TextSource(TextSplit(path), sequence_length, seed)
+    return TokenSource(Split(path), sequence_length, seed, open_shards)
+
+
+def _format(path: Path) -> str | None:
+    try:
+        card = json.loads((path / "card.json").read_bytes())
+    except (OSError, ValueError):
+        return None  # Split says what is wrong with it.
+    return card.get("format") if isinstance(card, dict) else None

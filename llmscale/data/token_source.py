@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,13 @@ class TokenSource:
     def state(self, ordinal: int) -> dict[str, Any]:
         """Nothing: the ordinal says it all."""
         return {}
+
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Nothing to know."""
 
     def close(self) -> None:
         """Let go of the shards."""

@@ -62,12 +62,12 @@ class Tokenizer:
                 f"{path}: no special token {' or '.join(names)} to end documents with; name one with --end-of-document "
                 f"(there are: {', '.join(list(special)[:10]) or 'none'})"
             )
-        self._end = name
+        self.end_of_document_token = name
         self.end_of_document = special[name]
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travels to another process as the file's name; read once there."""
-        return _load, (self.path, self._end, self.sha256)
+        return _load, (self.path, self.end_of_document_token, self.sha256)
 
     @property
     def sha256(self) -> str:

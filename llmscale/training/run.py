@@ -8,16 +8,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.retention import find, prune
 from llmscale.checkpoint.save import save
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
-from llmscale.config.schema import RunConfig
+from llmscale.config.schema import DataSource, RunConfig
 from llmscale.data.loader import Loader
 from llmscale.data.stream import Stream
 from llmscale.distributed import cpu
@@ -61,11 +62,10 @@ def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
     """
     check_available(config)
     deepspeed = resolve(config, path.parent)
-    data, seed = config.data, config.run.seed
-    stream = Stream([(s.path, s.weight) for s in data.train], data.sequence_length, seed)
+    stream = _open(config, "train", path)
     validation = None
-    if data.validation and config.training.validation_interval:
-        validation = Stream([(s.path, s.weight) for s in data.validation], data.sequence_length, seed)
+    if config.data.validation and config.training.validation_interval:
+        validation = _open(config, "validation", path)
     vocab_size = config.model.vocab_size
     for part in (stream, validation):
         if part is not None and vocab_size is not None and part.vocab_size > vocab_size:
@@ -77,6 +77,20 @@ def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
     config = config.model_copy(update={"model": model})
     layout = Layout.of(config, world_size, deepspeed.stage)
     return Run(config, layout, families()[model.family], deepspeed, stream, validation)
+
+
+def _open(config: RunConfig, key: Literal["train", "validation"], path: Path) -> Stream:
+    """The stream of the sources under data.<key>."""
+    sources: tuple[DataSource, ...] = getattr(config.data, key)
+    stream = Stream([(s.path, s.weight) for s in sources], config.data.sequence_length, config.run.seed)
+    problems = [
+        Problem(f"data.{key}[{number}].format", f"is {source.format}, and {source.path} holds {found}", f"use {found}")
+        for number, (source, found) in enumerate(zip(sources, stream.formats, strict=True))
+        if source.format not in (None, found)
+    ]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return stream
 
 
 def pretrain(run: Run, launch: Launch) -> None:
@@ -139,7 +153,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         )
 
     def write(step: int) -> None:
-        facts = manifest(run, step, seen, ahead.state(), described, report.versions())
+        facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state()), described, report.versions())
         path = save(folder, step, list(state.fragments(engine)), state.random_state(), facts)
         if launch.rank == 0:
             prune(folder, config.checkpoint.keep)
@@ -178,6 +192,13 @@ def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen
     if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):
         state.restore_random_state(checkpoint, rank)
     return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes))
+
+
+def _of_all_ranks(stream: Stream, own: dict[str, Any]) -> dict[str, Any]:
+    """The stream's state: each data-parallel rank knows the sequences that it read."""
+    states: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(states, own)
+    return stream.merge(states)
 
 
 def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:

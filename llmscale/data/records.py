@@ -1,0 +1,49 @@
+"""The small JSON files of a dataset: typed, checked when they are read, on disk when they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmscale.errors import DataError
+
+
+class Record(BaseModel):
+    """What such a file holds, or a part of it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(kind: type[R], path: Path, fix: str, sha256: str | None = None) -> R:
+    """Read a file. fix: what to do where it is broken. sha256: what its bytes must give.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {fix}") from None
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(f"{path}: not the one that card.json was written for (its checksum differs); {fix}")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise DataError(f"{path}: {where}: {first['msg']}; {fix}") from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

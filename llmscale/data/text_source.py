@@ -1,0 +1,317 @@
+"""Sequences out of raw-text shards, tokenised while they stream: a source of the stream (`stream.py`).
+
+How many tokens a text has is not known before it is tokenised, so there is no arithmetic from an ordinal to a place.
+Instead the text is read in N logical streams side by side, N being fixed when the shards are described: ordinal i of
+the source is the (i // N)-th sequence of stream i % N. A stream is one long row of tokens:
+
+    epoch e: all pieces of the source, permuted by (seed, e); stream s takes places s, s + N, s + 2N … of that order
+    window:  WINDOW pieces that follow on each other in a stream; their documents, permuted, each with its end
+    row:     window after window, epoch after epoch, cut into sequences of L + 1 tokens that overlap by one
+
+So an epoch of the source holds each document once, and every token is a label once; nothing is left over at the end of
+an epoch, the row goes on. What ranks and workers do changes none of it. Where sequence k of a stream begins is known
+by three numbers (k, window, token in it): `state` gives them for each stream, whatever the size of the data, and a
+source that was told them goes on without reading what came before.
+
+A window is tokenised in chunks of CHUNK characters, ahead of the reader, by threads: the tokenizer lets go of the
+interpreter lock. About two windows of text a stream are in memory.
+
+Ranks share the work without talking to each other where each reads streams of its own: with this source alone in the
+mixture, and a number of streams that the data-parallel size divides. Else ranks repeat some of each other's
+tokenising; the sequences are the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llmscale.data.order import mix, permute
+from llmscale.data.shards import Tokens
+from llmscale.data.source import Integers
+from llmscale.data.text_shards import DESCRIBE, TextSplit
+from llmscale.data.tokenizer import Tokenizer
+from llmscale.errors import DataError
+
+WINDOW = 4
+"""Pieces: documents are shuffled over 2 MiB of text from 4 places of the source."""
+CHUNK = 64 << 10
+"""Characters that are tokenised as one: a second of work holds many, so that no reader waits long for its own."""
+
+
+class TextSource:
+    """A description of text shards, cut into sequences. May be read by one thread and asked for its state by others."""
+
+    def __init__(
+        self,
+        split: TextSplit,
+        sequence_length: int,
+        seed: int,
+        *,
+        workers: int = 2,
+        on_error: Literal["stop", "skip"] = "stop",
+        max_skipped: float = 0.001,
+        report: Path | None = None,
+    ) -> None:
+        """workers: threads that tokenise. on_error: stop at a broken piece, or leave it out, for every rank alike;
+        max_skipped: the share of the pieces that may be left out, one always may; report: where they are written
+        down, a JSON object a line.
+        """
+        card = split.card
+        self.tokenizer = split.tokenizer
+        self.tokenizer_sha256 = card.tokenizer_sha256
+        self.vocab_size = card.vocab_size
+        self.end_of_document = card.end_of_document
+        self.dtype = np.dtype(card.dtype)
+        self.fingerprint = card.index_sha256
+        self.sequences = None
+        self.folder, self.sequence_length = split.folder, sequence_length
+        self._split, self._seed = split, seed
+        self._tokenizer = _tokenizer(split)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+        self._lock = threading.Lock()
+        self._tracks = [_Track(self, number) for number in range(card.streams)]
+        self._skip, self._report = on_error == "skip", report
+        self._limit = max(1, int(max_skipped * card.pieces))
+        self._skipped: set[int] = set()
+
+    def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
+        """Copy the sequences at these ordinals into rows of out."""
+        steps, streams = np.divmod(ordinals, len(self._tracks))
+        # All streams' windows are under way before the first is waited for.
+        self.look_ahead(ordinals)
+        for index in np.lexsort((steps, streams)).tolist():
+            self._tracks[streams[index]].read(int(steps[index]), out[rows[index]])
+
+    def look_ahead(self, ordinals: Integers) -> None:
+        """Begin to tokenise what these sequences need; returns at once."""
+        for stream in np.unique(ordinals % len(self._tracks)).tolist():
+            self._tracks[stream].look_ahead()
+
+    def state(self, ordinal: int) -> dict[str, Any]:
+        """For each stream where its first sequence at or after this ordinal begins: [sequence, window, token].
+
+        A stream that this process has not read so far has an earlier place that it knows: `merge` takes the latest.
+        """
+        count = len(self._tracks)
+        return {"streams": [track.place(max(0, -((s - ordinal) // count))) for s, track in enumerate(self._tracks)]}
+
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Of what the ranks know of the same ordinal, the latest places."""
+        return {"streams": [max(places) for places in zip(*(state["streams"] for state in states), strict=True)]}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Begin at the places that `state` gave: what lies before them needs no reading, and can be read still."""
+        for track, place in zip(self._tracks, state["streams"], strict=True):
+            track.begin(*place)
+
+    def counters(self) -> dict[str, float]:
+        """What was left out."""
+        return {"skipped_pieces": len(self._skipped)}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def windows(self, stream: int) -> int:
+        """Windows of a stream in one epoch."""
+        pieces = len(range(stream, self._split.card.pieces, len(self._tracks)))
+        return -(-pieces // WINDOW)
+
+    def load(self, stream: int, window: int) -> Future[tuple[list[list[str]], Tokens]]:
+        """Have a stream's window read: the texts of its chunks, and the tokens of the first."""
+        return self._pool.submit(self._load, stream, window)
+
+    def encode(self, texts: list[str]) -> Future[Tokens]:
+        """Have a chunk tokenised."""
+        return self._pool.submit(self._encode, texts)
+
+    def _load(self, stream: int, window: int) -> tuple[list[list[str]], Tokens]:
+        """window: counted over all epochs."""
+        epoch, number = divmod(window, self.windows(stream))
+        first = stream + number * WINDOW * len(self._tracks)
+        total = self._split.card.pieces
+        places = np.arange(first, total, len(self._tracks), dtype=np.int64)[:WINDOW]
+        texts: list[str] = []
+        for piece in permute(places, total, self._seed, epoch).tolist():
+            texts += self._texts(piece)
+        texts = [text for text in texts if text.strip()]
+        chunks: list[list[str]] = []
+        size = CHUNK
+        for index in permute(np.arange(len(texts)), len(texts), mix(self._seed) ^ stream, window) if texts else ():
+            if size >= CHUNK:
+                chunks.append([])
+                size = 0
+            chunks[-1].append(texts[index])
+            size += len(texts[index])
+        return chunks, self._encode(chunks[0] if chunks else [])
+
+    def _encode(self, texts: list[str]) -> Tokens:
+        end = np.array([self.end_of_document], dtype=self.dtype)
+        parts = [part for text in texts for part in (self._tokenizer.encode(text), end)]
+        return np.concatenate(parts) if parts else end[:0]
+
+    def _texts(self, piece: int) -> list[str]:
+        try:
+            return self._split.texts(piece)
+        except DataError as error:
+            if not self._skip:
+                raise
+            self._leave_out(piece, str(error))
+            return []
+
+    def _leave_out(self, piece: int, reason: str) -> None:
+        with self._lock:
+            if piece in self._skipped:
+                return
+            self._skipped.add(piece)
+            shard, place = self._split.pieces[piece]
+            if self._report is not None:
+                row = {"shard": str(self._split.path(shard)), "offset": place.offset, "reason": reason}
+                self._report.parent.mkdir(parents=True, exist_ok=True)
+                # One write of one line, at the end of the file: several ranks may do so at once.
+                file = os.open(self._report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                os.write(file, (json.dumps(row) + "\n").encode())
+                os.close(file)
+            if len(self._skipped) > self._limit:
+                raise DataError(
+                    f"{reason}; {len(self._skipped)} pieces are broken, and of {len(self._split.pieces)} at most "
+                    f"{self._limit} may be left out: raise data.max_skipped to go on without them"
+                )
+
+
+class _Window:
+    """A window of a stream, tokenised chunk by chunk as far as it was asked for."""
+
+    def __init__(self, source: TextSource, stream: int, number: int) -> None:
+        self._source = source
+        self._loading = source.load(stream, number)
+        self._coming: dict[int, Future[Tokens]] = {}
+        self._chunks: list[Tokens] = []
+        self._ends: list[int] = []
+
+    @property
+    def known(self) -> int:
+        """Tokens so far."""
+        return self._ends[-1] if self._ends else 0
+
+    def more(self) -> bool:
+        """Take the next chunk, and have those after it begun; False when there is none."""
+        texts, first = self._loading.result()
+        number = len(self._chunks)
+        if number == len(texts):
+            return False
+        for ahead in range(number + 1, min(number + 3, len(texts))):
+            if ahead not in self._coming:
+                self._coming[ahead] = self._source.encode(texts[ahead])
+        tokens = self._coming.pop(number).result() if number else first
+        self._ends.append(self.known + len(tokens))
+        self._chunks.append(tokens)
+        return True
+
+    def near_end(self) -> bool:
+        """Whether the last chunks are under way."""
+        return len(self._chunks) + 2 >= len(self._loading.result()[0])
+
+    def copy(self, start: int, out: Tokens) -> int:
+        """Copy what is there from token `start` on; gives how many that are."""
+        done, chunk = 0, bisect.bisect_right(self._ends, start)
+        while done < len(out) and chunk < len(self._chunks):
+            offset = start + done - (self._ends[chunk] - len(self._chunks[chunk]))
+            part = self._chunks[chunk][offset : offset + len(out) - done]
+            out[done : done + len(part)] = part
+            done, chunk = done + len(part), chunk + 1
+        return done
+
+
+class _Track:
+    """One logical stream: how many tokens its windows have, as far as it was read, and the newest windows."""
+
+    def __init__(self, source: TextSource, stream: int) -> None:
+        self._source, self._stream = source, stream
+        self._lock = threading.RLock()
+        self._windows: dict[int, _Window] = {}
+        self.begin(0, 0, 0)
+
+    def begin(self, step: int, window: int, token: int) -> None:
+        """Count from here: sequence `step` begins at this token of this window."""
+        with self._lock:
+            self._step, self._first, self._token = step, window, token
+            self._ends: list[int] = []
+            """Of the windows that were read to their end: tokens from the first one's beginning on."""
+            self._empty = 0
+
+    def place(self, step: int) -> list[int]:
+        """[step, window, token] where a sequence begins; where that is not known, of one before it that is."""
+        with self._lock:
+            if step < self._step:
+                return [0, 0, 0]
+            place = self._place(step)
+            index = bisect.bisect_right(self._ends, place)
+            offset = place - (self._ends[index - 1] if index else 0)
+            window = self._windows.get(self._first + index)
+            if index < len(self._ends) or offset == 0 or (window is not None and offset <= window.known):
+                return [step, self._first + index, offset]
+            return [self._step, self._first, self._token]
+
+    def look_ahead(self) -> None:
+        """Have the window read that is needed next."""
+        with self._lock:
+            self._window(self._first + len(self._ends))
+
+    def read(self, step: int, out: Tokens) -> None:
+        """Copy a sequence."""
+        with self._lock:
+            if step < self._step:
+                self.begin(0, 0, 0)
+            place, done = self._place(step), 0
+            while done < len(out):
+                index = self._find(place + done)
+                start = place + done - (self._ends[index - 1] if index else 0)
+                window = self._window(self._first + index)
+                while window.known <= start and window.more():
+                    pass
+                done += window.copy(start, out[done:])
+
+    def _place(self, step: int) -> int:
+        """Where a sequence begins, counted in tokens from the beginning of the first window."""
+        return self._token + (step - self._step) * self._source.sequence_length
+
+    def _find(self, place: int) -> int:
+        """Which window after the first one holds a token; reads on until it is known."""
+        while not self._ends or self._ends[-1] <= place:
+            number = self._first + len(self._ends)
+            window, before = self._window(number), self._ends[-1] if self._ends else 0
+            while window.known <= place - before and window.more():
+                pass
+            if window.near_end():
+                self._window(number + 1)
+            if window.known > place - before:
+                return len(self._ends)
+            self._ends.append(before + window.known)
+            self._empty = 0 if window.known else self._empty + 1
+            if self._empty > self._source.windows(self._stream):
+                raise DataError(f"{self._source.folder}: logical stream {self._stream} holds no text")
+            for old in [kept for kept in self._windows if kept < number]:
+                del self._windows[old]
+        return bisect.bisect_right(self._ends, place)
+
+    def _window(self, number: int) -> _Window:
+        if number not in self._windows:
+            self._windows[number] = _Window(self._source, self._stream, number)
+        return self._windows[number]
+
+
+def _tokenizer(split: TextSplit) -> Tokenizer:
+    tokenizer = Tokenizer(split.tokenizer, split.card.end_of_document_token)
+    if tokenizer.sha256 != split.card.tokenizer_sha256:
+        raise DataError(f"{split.tokenizer}: not the tokenizer that card.json was written for; {DESCRIBE}")
+    return tokenizer
