@@ -87,7 +87,8 @@ class Order:
         whole = blocks < self._blocks
         if whole.any():
             blocks[whole] = permute(blocks[whole], self._blocks, self.seed, epoch)
-        return blocks * self.block + rest
+        found: Integers = blocks * self.block + rest
+        return found
 
     def window_of(self, place: int) -> tuple[int, int]:
         """The places of the window that holds this one: its first, and the one after its last."""

@@ -9,13 +9,12 @@ for the next number. Rows are gathered in the shards' own 2 or 4 bytes and widen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from llmscale.data.mixture import Mixture
-from llmscale.data.shards import Split
 from llmscale.data.source import Integers, Source
+from llmscale.data.split import Split
 from llmscale.data.token_source import TokenSource
 from llmscale.errors import DataError
 
@@ -30,7 +29,7 @@ class Stream:
         """sources: (folder of a split, weight). Every source must have been built with the same tokenizer."""
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
-        splits = [Split(Path(folder)) for folder, _ in sources]
+        splits = [Split(folder) for folder, _ in sources]
         limit = max(8, _OPEN_SHARDS // len(splits))
         self._sources: list[Source] = [TokenSource(split, sequence_length, seed, limit) for split in splits]
         first = self._sources[0]

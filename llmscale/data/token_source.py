@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from llmscale.data.order import permute
-from llmscale.data.shards import REBUILD, Split, Tokens, sample_key
+from llmscale.data.shards import REBUILD, Tokens, sample_key
 from llmscale.data.source import Integers
+from llmscale.data.split import Split
 from llmscale.errors import DataError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmscale.data.shards import REBUILD, Shard, Split, checksum, sample_key, splits
+from llmscale.data.shards import REBUILD, Shard, checksum, sample_key
+from llmscale.data.split import Split, splits
 from llmscale.errors import DataError
 
 

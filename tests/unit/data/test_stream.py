@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.data import stream as streams
-from llmscale.data.shards import Split
+from llmscale.data.split import Split
 from llmscale.data.stream import Stream
 from llmscale.errors import DataError
 
@@ -65,7 +65,7 @@ def test_the_stream_does_not_depend_on_ranks_batches_or_what_was_read_before(
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
     """Three sources of different sizes."""
-    from llmscale.data.shards import SplitWriter
+    from llmscale.data.split import SplitWriter
 
     sources = []
     for number, (documents, weight) in enumerate([(40, 5.0), (9, 1.0), (100, 2.5)]):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmscale.data.shards import Split
+from llmscale.data.split import Split
 from llmscale.data.verify import verify
 
 from .conftest import WriteSplit
