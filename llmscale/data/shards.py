@@ -94,7 +94,7 @@ class Shard(_Record):
         places = np.array([0, *self.offsets, self.bytes])
         if not plain_name(self.name):
             raise PydanticCustomError("name", "{name} is not a plain file name", {"name": repr(self.name)})
-        if len(self.offsets) != len(self.checksums) or not (np.diff(places) >= NPY_HEADER).all():
+        if not self.offsets or len(self.offsets) != len(self.checksums) or not (np.diff(places) >= NPY_HEADER).all():
             raise PydanticCustomError("offsets", "offsets beyond the shard, out of order, or without checksums")
         return self
 

@@ -98,7 +98,7 @@ class Split:
         """A shard as a file: itself, or what the cache has of it. OSError where it is not there."""
         if self.store is None or self.cache is None:
             return (self.folder / shard.name).open("rb")
-        store = self.store
+        store = cast(PipeStore, self.store)
         fetched = self.cache.get(
             self.key, shard.name, shard.bytes, lambda file: store.copy(shard.name, file, shard.bytes)
         )
