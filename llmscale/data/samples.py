@@ -336,10 +336,12 @@ class RangedSamples(CachedSamples):
         try:
             file.write(self._store.read(shard.name, start, start + int(self.sizes[unit]), problem))
         except Damaged as error:
+            size = None
             with suppress(DataError):
-                if (size := self._store.size(shard.name)) not in (None, shard.bytes):
-                    reason = f"the shard has {size} bytes, index.json says {shard.bytes}"
-                    raise Damaged(str(error), reason) from None
+                size = self._store.size(shard.name)
+            if size not in (None, shard.bytes):
+                reason = f"the shard has {size} bytes, index.json says {shard.bytes}"
+                raise Damaged(str(error), reason) from None
             raise
         self._checked.add(unit)
         if number + 1 == len(shard.offsets) and unit + 1 < len(self.unit_of):

@@ -171,6 +171,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _beyond_the_end(error: Exception) -> bool:
+    """Whether a store says that it has no byte of a range: 416, which s3fs makes an OSError of EINVAL."""
+    refused = isinstance(error, OSError) and error.errno == errno.EINVAL and "range" in str(error)
+    return refused or getattr(error, "status", None) == 416
+
+
 def _final(error: Exception) -> bool:
     """Whether another attempt cannot help."""
     status = getattr(error, "status", None)
@@ -202,7 +208,7 @@ class UrlStore(Store):
             try:
                 data: bytes = self._call("cat_file", name, start=start, end=end)
             except Exception as error:
-                if getattr(error, "status", None) == 416 or "InvalidRange" in str(error) or "416" in str(error)[:40]:
+                if _beyond_the_end(error):
                     raise Doubtful(f"ends before byte {start}") from None
                 raise
             if len(data) > end - start:
