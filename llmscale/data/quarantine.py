@@ -56,8 +56,8 @@ class Quarantine:
         self._write(broken, where)
         if len(self._met) > self._limit:
             raise DataError(
-                f"{where}: sample {sample_key(broken.sample)}: {broken.reason}; this is the {len(self._met)}th broken "
-                f"sample, of {self._split.card.samples} at most {self._limit} may be left out; {REBUILD}, "
+                f"{where}: sample {sample_key(broken.sample)}: {broken.reason}; {len(self._met)} samples are broken, "
+                f"and of {self._split.card.samples} at most {self._limit} may be left out; {REBUILD}, "
                 "or raise max_skipped"
             )
 
