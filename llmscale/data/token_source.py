@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmscale.data.cached_samples import CONNECTIONS, CachedSamples, samples_of
 from llmscale.data.order import Order
 from llmscale.data.quarantine import Broken, OnError, Quarantine
-from llmscale.data.samples import CONNECTIONS, CachedSamples, samples_of
 from llmscale.data.shards import REBUILD, Tokens, sample_key
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
@@ -163,19 +163,15 @@ class TokenSource:
         labels: filled with the first tokens of samples, where they are the last labels of sequences before them.
         """
         first, last = self._touched(starts)
-        samples = _between(first, last)
-        for broken in self._samples.prepare(samples[self._state[samples] != _BROKEN].tolist()).values():
-            self._leave_out(broken)
-        for sample in samples[self._state[samples] == _UNKNOWN].tolist():
-            try:
-                self._samples.check(sample)
-                self._state[sample] = _SOUND
-            except Broken as broken:
-                self._leave_out(broken)
-        unsound = set()
-        if self._skip and (self._state[samples] == _BROKEN).any():
-            spans = zip(first.tolist(), last.tolist(), strict=True)
-            unsound = {row for row, (low, high) in enumerate(spans) if (self._state[low : high + 1] == _BROKEN).any()}
+        unsound: set[int] = set()
+        if not self._known_and_here(first, last):
+            samples = _between(first, last)
+            self._look_at(samples)
+            if self._skip and (self._state[samples] == _BROKEN).any():
+                spans = zip(first.tolist(), last.tolist(), strict=True)
+                unsound = {
+                    row for row, (low, high) in enumerate(spans) if (self._state[low : high + 1] == _BROKEN).any()
+                }
         after = (starts + self._length) // self._split.card.sample_tokens
         for row in np.flatnonzero(after > last).tolist():
             if row not in unsound:
@@ -186,6 +182,23 @@ class TokenSource:
                     self._leave_out(broken)
                     unsound.add(row)
         return np.array(sorted(unsound), dtype=np.int64)
+
+    def _known_and_here(self, first: Integers, last: Integers) -> bool:
+        """Whether all that these sequences touch is in a folder, and known to be sound: the usual case, found fast."""
+        if self._split.store is not None or self._length > self._split.card.sample_tokens:
+            return False
+        return bool((self._state[first] == _SOUND).all() and (self._state[last] == _SOUND).all())
+
+    def _look_at(self, samples: Integers) -> None:
+        """Have these samples here and checked, each for the first time; what is broken is left out."""
+        for broken in self._samples.prepare(samples[self._state[samples] != _BROKEN].tolist()).values():
+            self._leave_out(broken)
+        for sample in samples[self._state[samples] == _UNKNOWN].tolist():
+            try:
+                self._samples.check(sample)
+                self._state[sample] = _SOUND
+            except Broken as broken:
+                self._leave_out(broken)
 
     def _leave_out(self, broken: Broken) -> None:
         self._quarantine.add(broken)
@@ -203,40 +216,47 @@ class TokenSource:
 
     def _copy(self, starts: Integers, labels: dict[int, int], rows: Integers, out: Tokens) -> None:
         """Copy the sequences that begin at these tokens into rows of out."""
-        size, itemsize, length = self._split.card.sample_tokens, self.dtype.itemsize, self._length
-        samples, places = np.divmod(starts, size)
-        counts = np.minimum(length + 1, size - places)
-        offsets = self._samples.byte_of[samples] + places * itemsize
+        samples, places = np.divmod(starts, self._split.card.sample_tokens)
+        offsets = self._samples.byte_of[samples] + places * self.dtype.itemsize
+        across = places + self._length >= self._split.card.sample_tokens
+        units = self._samples.unit_of[samples]
         # Together, what is in one file: of many small ones only a few are open.
-        turns = np.argsort(self._samples.unit_of[samples], kind="stable")
-        buffer = None if out.dtype == self.dtype else np.empty(length + 1, dtype=self.dtype)
-        for row, start, sample, count, offset in zip(
-            *(column[turns].tolist() for column in (rows, starts, samples, counts, offsets)), strict=True
+        turns = np.argsort(units, kind="stable")
+        buffer = None if out.dtype == self.dtype else np.empty(self._length + 1, dtype=self.dtype)
+        files, whole = self._samples.files, (self._length + 1) * self.dtype.itemsize
+        for row, sample, unit, offset, place, more in zip(
+            *(column[turns].tolist() for column in (rows, samples, units, offsets, places, across)), strict=True
         ):
-            target = out[row] if buffer is None else buffer
-            self._fill(target[:count], sample, offset)
-            while count <= length:
-                sample += 1
-                if count == length and sample in labels:
-                    target[count] = labels[sample]
-                    break
-                more = min(length + 1 - count, size)
-                self._fill(target[count : count + more], sample, int(self._samples.byte_of[sample]))
-                count += more
+            target: Any = out[row] if buffer is None else buffer
+            if more:
+                self._fill_across(target, sample, place, labels)
+            elif os.preadv(files.get(unit) or self._samples.file(sample), [target], offset) != whole:
+                raise self._cut_short(sample)
             if buffer is not None:
                 out[row] = buffer
             if self._look_through and int(target.max()) >= self.vocab_size:
-                place = start + int(np.argmax(target >= self.vocab_size))
-                sample = place // size
+                beyond = sample + (place + int(np.argmax(target >= self.vocab_size))) // self._split.card.sample_tokens
                 reason = f"holds the id {int(target.max())}, and the vocabulary has {self.vocab_size}"
-                raise Broken(sample, self._samples.shard(sample).name, reason)
+                raise Broken(beyond, self._samples.shard(beyond).name, reason)
 
-    def _fill(self, target: Tokens, sample: int, offset: int) -> None:
-        if os.preadv(self._samples.file(sample), [target.data], offset) != target.nbytes:
-            raise DataError(
-                f"{self._split.where(self._samples.shard(sample).name)}: sample {sample_key(sample)} was cut short "
-                f"while it was read; {REBUILD}"
-            )
+    def _fill_across(self, target: Tokens, sample: int, place: int, labels: dict[int, int]) -> None:
+        """Copy a sequence that does not end in the sample that it begins in."""
+        size, done = self._split.card.sample_tokens, 0
+        while done < len(target):
+            if done == self._length and sample in labels:
+                target[done] = labels[sample]
+                return
+            part = target[done : done + size - place]
+            offset = int(self._samples.byte_of[sample]) + place * self.dtype.itemsize
+            if os.preadv(self._samples.file(sample), [part.data], offset) != part.nbytes:
+                raise self._cut_short(sample)
+            done, sample, place = done + len(part), sample + 1, 0
+
+    def _cut_short(self, sample: int) -> DataError:
+        return DataError(
+            f"{self._split.where(self._samples.shard(sample).name)}: sample {sample_key(sample)} was cut short "
+            f"while it was read; {REBUILD}"
+        )
 
 
 def _between(first: Integers, last: Integers) -> Integers:

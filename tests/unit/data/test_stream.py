@@ -115,7 +115,7 @@ def test_more_shards_than_may_be_mapped_at_once(write_split: WriteSplit, monkeyp
     assert len(Split(folder).shards) > 60
     stream = Stream([(str(folder), 1.0)], 100, seed=3)
     assert np.array_equal(stream.read(range(80)), wanted)
-    assert len(stream._sources[0]._samples._files) <= 8
+    assert len(stream._sources[0]._samples.files) <= 8
 
 
 def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) -> None:
