@@ -25,6 +25,8 @@ import io
 import os
 import tarfile
 import zlib
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
@@ -39,6 +41,7 @@ from llmscale.errors import DataError
 SAMPLE_TOKENS = 1 << 18
 Tokens = npt.NDArray[np.unsignedinteger]
 NPY_HEADER = 128
+INDEX_HEAD, INDEX_TAIL = b'{"shards": [', b"]}"
 _LENGTH_BINS = 40
 _MOST_SHARD_BYTES = 1 << 42
 _MOST_SAMPLE_TOKENS = 1 << 30
@@ -86,15 +89,19 @@ class Shard(_Record):
     sha256: str
     tokens: int
     documents: int
-    offsets: list[int]
-    checksums: list[int]
+    offsets: Sequence[int]
+    checksums: Sequence[int]
 
     @model_validator(mode="after")
     def _sane(self) -> Shard:
-        places = np.array([0, *self.offsets, self.bytes])
         if not plain_name(self.name):
             raise PydanticCustomError("name", "{name} is not a plain file name", {"name": repr(self.name)})
-        if not self.offsets or len(self.offsets) != len(self.checksums) or not (np.diff(places) >= NPY_HEADER).all():
+        try:
+            places = array("q", [0, *self.offsets, self.bytes])
+            sound = len(array("I", self.checksums)) == len(self.offsets) > 0
+        except OverflowError:
+            sound = False
+        if not sound or (np.diff(np.frombuffer(places, dtype=np.int64)) < NPY_HEADER).any():
             raise PydanticCustomError("offsets", "offsets beyond the shard, out of order, or without checksums")
         return self
 
@@ -151,7 +158,7 @@ class SplitWriter:
             self._flush()
         self._close_shard()
         lines = ",\n".join(shard.model_dump_json() for shard in self._shards)
-        index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
+        index = INDEX_HEAD + f"\n{lines}\n".encode() + INDEX_TAIL + b"\n"
         card = Card(
             tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocab_size=vocab_size,
@@ -273,12 +280,11 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def parse(kind: type[R], data: bytes, where: str, sha256: str | None = None) -> R:
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise DataError(f"{where}: not the one that card.json was written for (its checksum differs); {REBUILD}")
+def parse(kind: type[R], data: bytes, where: str, at: str = "") -> R:
+    """A card, an index or a shard of one. at: its key in the file."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        key = ".".join([at] * bool(at) + [str(part) for part in first["loc"]]) or "the whole file"
         raise DataError(f"{where}: {key}: {first['msg']}; {REBUILD}") from None
