@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -96,11 +96,11 @@ class Split:
         except OSError as error:
             raise DataError(f"{self.where(shard.name)}: cannot be read: {error.strerror}; {REBUILD}") from None
 
-    def open_shard(self, shard: Shard) -> BinaryIO:
+    def open_shard(self, shard: Shard) -> io.BufferedReader:
         """A shard as a file: itself, or what the cache has of it. OSError where it is not there."""
         if self.store is None or self.cache is None:
             return (self.folder / shard.name).open("rb")
-        store = cast(PipeStore, self.store)
+        store = self.store
         fetched = self.cache.get(
             self.key, shard.name, shard.bytes, lambda file: store.copy(shard.name, file, shard.bytes)
         )

@@ -24,7 +24,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from llmscale.errors import DataError, UsageError
 
@@ -145,7 +145,7 @@ class Store(ABC):
                 if doubts == DOUBTS:
                     raise Damaged(f"{self.where(name)}: {reason}, in {doubts} attempts", reason) from None
             except FileNotFoundError:
-                raise Missing(f"{self.where(name)}: is missing") from None
+                raise Missing(f"{self.where(name)}: is missing; copy it there again") from None
             except Exception as error:
                 reason = _reason(error)
                 if _final(error):
@@ -242,6 +242,15 @@ class UrlStore(Store):
         if size > most:
             raise DataError(f"{self.where(name)}: {size} bytes, more than such a file ever has; check the URL")
         return data or b"".join(self.read(name, start, min(start + _PART, size)) for start in range(0, size, _PART))
+
+    def copy(self, name: str, file: BinaryIO, size: int) -> None:
+        """Write a file of this size into `file`."""
+        found = self.size(name)
+        if found not in (None, size):
+            reason = f"has {found} bytes, index.json says {size}"
+            raise Damaged(f"{self.where(name)}: {reason}", reason)
+        for start in range(0, size, _PART):
+            file.write(self.read(name, start, min(start + _PART, size)))
 
     def _call(self, method: str, name: str, **options: Any) -> Any:
         """A method of the filesystem, for at most the seconds of an attempt."""

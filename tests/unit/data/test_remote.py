@@ -21,6 +21,7 @@ from llmscale.data.shards import SplitWriter
 from llmscale.data.split import Split
 from llmscale.data.store import Patience
 from llmscale.data.token_source import TokenSource
+from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 
 from .servers import Proxy, proxy_of, s3, upload
@@ -221,6 +222,7 @@ from pathlib import Path
 from llmscale.data.cache import Cache
 from llmscale.data.split import Split
 from llmscale.data.token_source import TokenSource
+from llmscale.data.verify import verify
 
 place, folder, limit, output = sys.argv[1:]
 split = Split(place, Cache(Path(folder), int(limit)))
@@ -347,3 +349,19 @@ def test_a_store_of_another_kind_gives_the_same(folder: Path, cache: Cache, loca
         memory.pipe_file(f"/split/{path.name}", path.read_bytes())
     assert np.array_equal(read(source(Split("memory://split", cache, CALM))), local)
     assert np.array_equal(read(source(Split(f"file://{folder}"))), local)
+
+
+def test_verify_reads_a_store_to_the_last_byte(folder: Path, s3: Any, proxy: Proxy, cache: Cache) -> None:
+    place, key = upload(s3[1], folder, "verified"), "verified/shard-00001.tar"
+    assert verify(place, cache=cache) == []
+    data = bytearray((folder / "shard-00001.tar").read_bytes())
+    data[Split(folder).shards[1].offsets[2] + 5] ^= 1
+    s3[1].put_object(Bucket="data", Key=key, Body=bytes(data))
+    problems = verify(place, cache=cache)
+    assert len(problems) == 2
+    assert problems[1].startswith(f"{place}/shard-00001.tar: sample 000000005: its checksum differs from index.json; ")
+    s3[1].put_object(Bucket="data", Key=key, Body=b"")
+    assert verify(place, cache=cache)[0].startswith(f"{place}/shard-00001.tar: has 0 bytes, index.json says ")
+    s3[1].delete_object(Bucket="data", Key=key)
+    assert verify(place, cache=cache) == [f"{place}/shard-00001.tar: is missing; copy it there again"]
+    assert not [path for path in (cache.folder / "files").rglob("*") if path.is_file()]
