@@ -48,6 +48,7 @@ class Cache:
     def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT, wait_seconds: float = 600.0) -> None:
         """limit: in bytes. wait_seconds: how long another process may take to fetch one file."""
         self.folder = folder or default_folder()
+        self._files = str(self.folder / "files")
         self.limit = limit
         self.counters = Counters()
         self._wait_seconds = wait_seconds
@@ -62,15 +63,18 @@ class Cache:
         if owner != os.getuid():
             raise UsageError(f"{self.folder}: the cache belongs to another user; name another folder for it")
 
+    def has(self, key: str, name: str) -> bool:
+        """Whether a file is here now."""
+        return os.path.exists(f"{self._files}/{key}/{name}")
+
     def path(self, key: str, name: str) -> Path:
         """Where a file is, or would be."""
         return self.folder / "files" / key / name
 
     def open(self, key: str, name: str) -> int | None:
         """A descriptor of a file that is here, else None. Marks the file as used."""
-        path = self.path(key, name)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"{self._files}/{key}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         with suppress(OSError):

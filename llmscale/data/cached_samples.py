@@ -68,7 +68,7 @@ class CachedSamples(Samples):
     def look_ahead(self, samples: Iterable[int]) -> None:
         """Bring these samples here while others are read; returns at once."""
         units = dict.fromkeys(int(self.unit_of[sample]) for sample in samples)
-        absent = [unit for unit in units if not self._cache.path(self._split.key, self._name(unit)).exists()]
+        absent = [unit for unit in units if not self._cache.has(self._split.key, self._name(unit))]
         if absent:
             self._fetcher.look_ahead(absent)
 

@@ -152,7 +152,7 @@ def unreadable_documents(folder: Path) -> None:
         (cut, "cut short: 10 of 64 tokens are there"),
         (remove, "the shard is missing"),
         (other_dtype, "its .npy header is not that of 64 tokens of uint16"),
-        (unreadable_documents, "the magic string is not correct"),
+        (unreadable_documents, "its documents are not where they should be, or are no array of uint32"),
     ],
 )
 def test_skipping_counts_and_reports_every_way_to_be_broken(
