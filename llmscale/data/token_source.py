@@ -15,7 +15,7 @@ verify="never" spares that, after `llmscale data verify`.
 
 Speed from a folder, one core, sequences of 4,096 of uint16, warm (`benchmarks/data_stream.py`): 0.72 G tokens/s in
 reads of 512 and 0.71 G in reads of 64, 0.76 and 0.74 of random reads of one mapped flat file; 0.46 G in reads of 8.
-The first pass, with its checks, takes about twice as long.
+The first pass, with its checks, takes two to three times as long.
 
 Broken samples, with on_error="skip": a sequence that takes inputs from one, or whose last label cannot be had, is
 replaced by the next sound sequence of the same window's order, which begins again at its start. That is a function of

@@ -81,7 +81,9 @@ def test_the_plot_is_drawn_at_the_end_from_the_whole_file(tmp_path: Path) -> Non
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_losses_no_plot_and_a_plot_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_losses_no_plot_and_a_plot_that_fails_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     image = tmp_path / "plots" / "loss.png"
     idle = LossPlot("a run", tmp_path / "missing", image)
     idle.close()
