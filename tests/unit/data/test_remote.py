@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = [(number * 7) % 50 for number in range(60)]
 LENGTH = 16
 CALM = Patience(attempt_seconds=60.0, total_seconds=120.0, first_delay_seconds=0.02, longest_delay_seconds=0.1)
-HASTY = Patience(attempt_seconds=0.5, total_seconds=2.0, first_delay_seconds=0.02, longest_delay_seconds=0.1)
+HASTY = Patience(attempt_seconds=0.3, total_seconds=1.0, first_delay_seconds=0.02, longest_delay_seconds=0.1)
 
 
 def source(split: Split, **options: Any) -> TokenSource:
@@ -130,7 +130,7 @@ def test_what_fails_now_and_then_is_asked_again_and_right(
         ("error", r"s3://data/.*/shard-\d+\.tar: \d+ attempts in \d+ s failed, the last with: .*; check the URL"),
         (
             "stall",
-            r"shard-\d+\.tar: \d+ attempts in \d+ s failed, the last with: TimeoutError: no answer within 0\.5 s",
+            r"shard-\d+\.tar: \d+ attempts in \d+ s failed, the last with: TimeoutError: no answer within 0\.3 s",
         ),
         ("truncate", r"shard-\d+\.tar: \d+ attempts in \d+ s failed, the last with: "),
         ("flip", r"shard-\d+\.tar: sample \d{9}: its checksum differs from index\.json"),
@@ -300,7 +300,7 @@ def test_a_command_gives_what_the_folder_has(command: str, folder: Path, cache: 
     ("command", "message"),
     [
         ("cat /nowhere/{name}", r"pipe:cat /nowhere/card\.json: \d+ attempts in \d+ s failed, .*exit status 1: cat: "),
-        ("sleep 60; echo {name}", r"card\.json: .* failed, the last with: TimeoutError: no byte within 0\.5 s"),
+        ("sleep 60; echo {name}", r"card\.json: .* failed, the last with: TimeoutError: no byte within 0\.3 s"),
         ("yes {name}", r"pipe:yes card\.json: gives more than \d+ bytes"),
         ("echo {name}", r"pipe:echo card\.json: the whole file: Invalid JSON"),
     ],
