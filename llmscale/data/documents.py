@@ -108,47 +108,19 @@ def _decompressed(name: str, file: BinaryIO) -> tuple[str, BinaryIO]:
     if name.endswith((".gz", ".tgz")):
         return name.removesuffix(".gz"), cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if name.endswith(".zst"):
-        return name.removesuffix(".zst"), io.BufferedReader(_Zstandard(file), 1 << 20)
+        # Not with the package zstandard: its reader takes a file that is cut short for a whole one.
+        arrow = _arrow(name)
+        stream = arrow.CompressedInputStream(arrow.PythonFile(file, "r"), "zstd")
+        return name.removesuffix(".zst"), io.BufferedReader(stream, 1 << 20)
     return name, file
 
 
-class _Zstandard(io.RawIOBase):
-    """The content of a .zst file, all frames of it. The library's own reader takes a cut file for a whole one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UsageError(f"--input: a .zst file needs the package zstandard; {EXTRA}") from None
-        self._file, self._error = file, zstandard.ZstdError
-        self._context = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._left = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._left or self._file.read(1 << 17)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends in the middle")
-                return 0
-            if self._frame is None:
-                self._frame = self._context.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise OSError(f"not a sound .zst file ({error})") from None
-            self._left = b""
-            if self._frame.eof:
-                self._left, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+def _arrow(name: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UsageError(f"--input {name}: this format needs the package pyarrow; {EXTRA}") from None
+    return pyarrow
 
 
 def _lines(name: str, file: BinaryIO) -> Iterator[Part]:
@@ -158,11 +130,9 @@ def _lines(name: str, file: BinaryIO) -> Iterator[Part]:
 
 
 def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(f"--input {name}: a .parquet file needs the package pyarrow; {EXTRA}") from None
+    arrow = _arrow(name)
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(file)
         columns = table.schema_arrow

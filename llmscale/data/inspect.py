@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmscale.data.shards import Card, Split, splits
+from llmscale.data.shards import Card
+from llmscale.data.split import Split, splits
 from llmscale.data.tokenizer import Tokenizer
 
 _BAR = 40

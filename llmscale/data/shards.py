@@ -25,18 +25,26 @@ import io
 import os
 import tarfile
 import zlib
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from llmscale.data.store import plain_name
 from llmscale.errors import DataError
 
 SAMPLE_TOKENS = 1 << 18
 Tokens = npt.NDArray[np.unsignedinteger]
+NPY_HEADER = 128
+INDEX_HEAD, INDEX_TAIL = b'{"shards": [', b"]}"
 _LENGTH_BINS = 40
+_MOST_SHARD_BYTES = 1 << 42
+_MOST_SAMPLE_TOKENS = 1 << 30
 
 
 class _Record(BaseModel):
@@ -55,7 +63,7 @@ class Card(_Record):
     vocab_size: int = Field(ge=1)
     end_of_document: int
     dtype: Literal["uint16", "uint32"]
-    sample_tokens: int = Field(ge=1)
+    sample_tokens: int = Field(ge=1, le=_MOST_SAMPLE_TOKENS)
     """Tokens of every sample but the last."""
     shards: int
     samples: int
@@ -73,16 +81,29 @@ class Card(_Record):
 class Shard(_Record):
     """A tar file, in index.json. offsets: first byte of each sample's tokens.
 
-    checksums: CRC-32 of each sample's tokens and documents.
+    checksums: CRC-32 of each sample's tokens and documents. name: that of a file beside the index, and no path.
     """
 
     name: str
-    bytes: int
+    bytes: int = Field(ge=0, le=_MOST_SHARD_BYTES)
     sha256: str
     tokens: int
     documents: int
-    offsets: list[int]
-    checksums: list[int]
+    offsets: Sequence[int]
+    checksums: Sequence[int]
+
+    @model_validator(mode="after")
+    def _sane(self) -> Shard:
+        if not plain_name(self.name):
+            raise PydanticCustomError("name", "{name} is not a plain file name", {"name": repr(self.name)})
+        try:
+            places = array("q", [0, *self.offsets, self.bytes])
+            sound = len(array("I", self.checksums)) == len(self.offsets) > 0
+        except OverflowError:
+            sound = False
+        if not sound or (np.diff(np.frombuffer(places, dtype=np.int64)) < NPY_HEADER).any():
+            raise PydanticCustomError("offsets", "offsets beyond the shard, out of order, or without checksums")
+        return self
 
 
 class Index(_Record):
@@ -91,59 +112,12 @@ class Index(_Record):
     shards: list[Shard]
 
 
-class Split:
-    """One split on disk: its card and index, read and checked against each other. The shards are not touched."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "card.json").is_file():
-            raise DataError(_not_a_split(folder))
-        self.card = _read(Card, folder / "card.json")
-        index = folder / "index.json"
-        self.shards = tuple(_read(Index, index, self.card.index_sha256).shards)
-        samples = sum(len(shard.offsets) for shard in self.shards)
-        if samples != self.card.samples or samples != -(-self.card.tokens // self.card.sample_tokens):
-            raise DataError(f"{index}: {samples} samples, card.json says {self.card.samples}; {REBUILD}")
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer.json beside the shards."""
-        return self.folder / "tokenizer.json"
-
-    def sample_length(self, sample: int) -> int:
-        """Tokens of a sample."""
-        return min(self.card.sample_tokens, self.card.tokens - sample * self.card.sample_tokens)
-
-    def read_sample(self, shard: Shard, number: int, length: int) -> tuple[Tokens, Tokens]:
-        """(tokens, documents) of a shard's number-th sample, read from where the index says that it stands."""
-        dtype = np.dtype(self.card.dtype).newbyteorder("<")
-        path = self.folder / shard.name
-        try:
-            with path.open("rb") as file:
-                file.seek(shard.offsets[number])
-                tokens = np.frombuffer(file.read(length * dtype.itemsize), dtype=dtype)
-                file.seek(-file.tell() % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE, os.SEEK_CUR)
-                return tokens, np.lib.format.read_array(file, allow_pickle=False)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {REBUILD}") from None
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path}: sample {number} of it is damaged ({error}); {REBUILD}") from None
-
-
 REBUILD = "copy the folder again, or build it again with `llmscale data build --overwrite`"
 
 
 def sample_key(sample: int) -> str:
     """The name of a sample in its tar, without the member's ending."""
     return f"{sample:09d}"
-
-
-def splits(folder: Path) -> list[Path]:
-    """The splits of what a user named: a split itself, or a folder that holds some."""
-    found = [folder] if (folder / "card.json").is_file() else sorted(card.parent for card in folder.glob("*/card.json"))
-    if not found:
-        raise DataError(_not_a_split(folder))
-    return found
 
 
 class SplitWriter:
@@ -184,7 +158,7 @@ class SplitWriter:
             self._flush()
         self._close_shard()
         lines = ",\n".join(shard.model_dump_json() for shard in self._shards)
-        index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
+        index = INDEX_HEAD + f"\n{lines}\n".encode() + INDEX_TAIL + b"\n"
         card = Card(
             tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocab_size=vocab_size,
@@ -306,24 +280,11 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read(kind: type[R], path: Path, sha256: str | None = None) -> R:
+def parse(kind: type[R], data: bytes, where: str, at: str = "") -> R:
+    """A card, an index or a shard of one. at: its key in the file."""
     try:
-        data = path.read_bytes()
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise DataError(f"{path}: not the one that card.json was written for (its checksum differs); {REBUILD}")
         return kind.model_validate_json(data)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; {REBUILD}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise DataError(f"{path}: {where}: {first['msg']}; {REBUILD}") from None
-
-
-def _not_a_split(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder; build one with `llmscale data build`"
-    inside = sorted(card.parent.name for card in folder.glob("*/card.json"))
-    if inside:
-        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[-1]}"
-    return f"{folder}: not a dataset, it has no card.json; build one with `llmscale data build`"
+        key = ".".join([at] * bool(at) + [str(part) for part in first["loc"]]) or "the whole file"
+        raise DataError(f"{where}: {key}: {first['msg']}; {REBUILD}") from None

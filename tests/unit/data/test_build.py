@@ -13,7 +13,8 @@ import pytest
 
 from llmscale.data.build import Progress, build
 from llmscale.data.documents import PIECE_BYTES
-from llmscale.data.shards import Card, Split
+from llmscale.data.shards import Card
+from llmscale.data.split import Split
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError

@@ -8,8 +8,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,6 @@ def write(path: Path, documents_: list[str] = DOCUMENTS, key: str = "text") -> N
     name = path.name
     rows = "".join(json.dumps({"id": 1, key: text}) + "\n" for text in documents_).encode()
     if ".parquet" in name:
-        import pyarrow
         from pyarrow import parquet
 
         table = pyarrow.table({"id": range(len(documents_)), key: documents_})
@@ -77,7 +76,11 @@ def compressed(name: str, data: bytes) -> bytes:
         return gzip.compress(data)
     # Two frames: files that were put one after another are one file.
     half = len(data) // 2
-    return b"".join(zstandard.compress(part) for part in (data[:half], data[half:])) if name.endswith(".zst") else data
+    return (
+        b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+        if name.endswith(".zst")
+        else data
+    )
 
 
 FORMATS = [
