@@ -38,7 +38,7 @@ from llmscale.errors import DataError
 SAMPLE_TOKENS = 1 << 18
 Tokens = npt.NDArray[np.unsignedinteger]
 _LENGTH_BINS = 40
-_INDEX_LINES = "index.jsonl"
+_INDEX_HEAD = b'{"shards": [\n'
 
 
 class _Record(BaseModel):
@@ -186,7 +186,7 @@ class WriterState(_Record):
     bytes: int = 0
     """Of the finished shards."""
     index_bytes: int = 0
-    """Of index.jsonl, which has a line for each finished shard."""
+    """Of index.json, as far as the finished shards go."""
     lengths: list[int] = Field(default_factory=lambda: [0] * _LENGTH_BINS)
     shortest: int = 0
     longest: int = 0
@@ -203,8 +203,8 @@ class WriterState(_Record):
 class SplitWriter:
     """Writes a split, document after document, into a folder.
 
-    A shard is SHARD.tar.partial while it is written, and is on disk when it gets its name; index.jsonl then has its
-    line. state: what `save` gave, to go on in the same folder; without it the folder is empty.
+    A shard is SHARD.tar.partial while it is written, and is on disk when it gets its name; so is index.json. state:
+    what `save` gave, to go on in the same folder; without it the folder is empty.
     """
 
     def __init__(
@@ -231,9 +231,9 @@ class SplitWriter:
         """Finished ones."""
         self._tar: ArrayTar | None = None
         self._shard = state.open_shard.model_copy(deep=True)
-        self._index: BinaryIO = (folder / _INDEX_LINES).open("ab")
+        self._index = _open_index(folder / "index.json", state.index_bytes)
         try:
-            self._return_to(state)
+            self._open_tar(state.open_bytes)
         except BaseException:
             self.abandon()
             raise
@@ -278,9 +278,11 @@ class SplitWriter:
         if self._used:
             self._flush()
         self._close_shard()
+        self._index.write(b"\n]}\n")
+        sync(self._index)
+        self._index.seek(0)
+        index_sha256 = hashlib.file_digest(self._index, "sha256").hexdigest()
         self._index.close()
-        lines = (self._folder / _INDEX_LINES).read_bytes().rstrip(b"\n").replace(b"\n", b",\n")
-        index = b'{"shards": [\n' + lines + b"\n]}\n"
         card = Card(
             tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocab_size=vocab_size,
@@ -295,13 +297,12 @@ class SplitWriter:
             document_lengths=self._lengths[: self._longest.bit_length()],
             shortest_document=self._shortest,
             longest_document=self._longest,
-            index_sha256=hashlib.sha256(index).hexdigest(),
+            index_sha256=index_sha256,
             deduplication=deduplication,
         )
         write_whole(self._folder / "tokenizer.json", tokenizer)
-        write_whole(self._folder / "index.json", index)
+        partial(self._folder / "index.json").replace(self._folder / "index.json")
         write_whole(self._folder / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
-        (self._folder / _INDEX_LINES).unlink()
         return card
 
     def abandon(self) -> None:
@@ -310,20 +311,17 @@ class SplitWriter:
         if self._tar:
             self._tar.close()
 
-    def _return_to(self, state: WriterState) -> None:
-        """Make the folder what it was when `state` was saved."""
-        if (found := self._index.tell()) < state.index_bytes:
-            raise DataError(f"{self._folder / _INDEX_LINES}: {found} of {state.index_bytes} bytes are there")
-        self._index.truncate(state.index_bytes)
-        path = self._folder / shard_name(state.shards)
-        if state.open_bytes:
+    def _open_tar(self, kept: int) -> None:
+        """Go on with the shard that was begun, if there is one, and remove those that come after it."""
+        path = self._folder / shard_name(self.shards)
+        if kept:
             if path.exists():  # it was finished after the state was saved
                 path.rename(partial(path))
-            self._tar = ArrayTar(path, state.open_bytes)
-        for path in self._folder.glob("shard-*.tar*"):
-            number = int(path.name.split("-")[1].split(".")[0])
-            if number > state.shards or (number == state.shards and self._tar is None):
-                path.unlink()
+            self._tar = ArrayTar(path, kept)
+        for other in self._folder.glob("shard-*.tar*"):
+            number = int(other.name.split("-")[1].split(".")[0])
+            if number > self.shards or (number == self.shards and not kept):
+                other.unlink()
 
     def _append(self, tokens: Tokens) -> None:
         self._document += len(tokens)
@@ -359,10 +357,25 @@ class SplitWriter:
         if self._tar:
             sha256 = self._tar.finish()
             shard = Shard(name=self._tar.path.name, bytes=self._tar.bytes, sha256=sha256, **self._shard.model_dump())
-            self._index.write(shard.model_dump_json().encode() + b"\n")
+            self._index.write((b",\n" if self.shards else b"") + shard.model_dump_json().encode())
             self._bytes += shard.bytes
             self.shards += 1
             self._tar = None
+
+
+def _open_index(path: Path, kept: int) -> BinaryIO:
+    """index.json to append to, cut to its first `kept` bytes."""
+    if kept and path.exists():  # it was finished after the state was saved
+        path.rename(partial(path))
+    file = partial(path).open("r+b" if kept else "w+b")
+    if (found := file.seek(0, os.SEEK_END)) < kept:
+        file.close()
+        raise DataError(f"{partial(path)}: {found} bytes are left of the {kept} that were written")
+    file.truncate(kept)
+    file.seek(0, os.SEEK_END)
+    if not kept:
+        file.write(_INDEX_HEAD)
+    return file
 
 
 def checksum(tokens: Tokens, documents: Tokens) -> int:
