@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tarfile
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,14 +28,10 @@ class ArrayTar:
         self.path = path
         self.bytes = kept
         self._sha256 = hashlib.sha256()
-        self._file: BinaryIO = partial(path).open("r+b" if kept else "wb")
-        while left := kept - self._file.tell():
-            block = self._file.read(min(left, 1 << 20))
-            if not block:
-                self.close()
-                raise DataError(f"{partial(path)}: {kept - left} bytes are left of the {kept} that were written")
+        self._file = reopen(path, kept)
+        self._file.seek(0)
+        while block := self._file.read(1 << 20):
             self._sha256.update(block)
-        self._file.truncate(kept)
 
     def member(self, name: str, array: npt.NDArray[Any]) -> int:
         """Write a member; gives the offset of the array's first byte."""
@@ -70,6 +67,26 @@ class ArrayTar:
         self.bytes += len(data)
 
 
+def reopen(path: Path, kept: int) -> BufferedRandom:
+    """PATH.partial, to write on at its end, cut to its first `kept` bytes. It may have got its name meanwhile.
+
+    Raises:
+        DataError: there are fewer bytes.
+    """
+    if kept and path.exists():
+        path.rename(partial(path))
+    try:
+        file = partial(path).open("r+b" if kept else "w+b")
+    except FileNotFoundError:
+        raise DataError(f"{partial(path)}: is missing") from None
+    if (found := file.seek(0, os.SEEK_END)) < kept:
+        file.close()
+        raise DataError(f"{partial(path)}: {found} bytes are left of the {kept} that were written")
+    file.truncate(kept)
+    file.seek(kept)
+    return file
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or what was there before."""
     with partial(path).open("wb") as file:
@@ -83,7 +100,7 @@ def partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO | BufferedRandom) -> None:
     """Bring what was written onto the disk."""
     file.flush()
     os.fsync(file.fileno())

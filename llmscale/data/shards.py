@@ -26,13 +26,13 @@ import os
 import tarfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmscale.data.durable import ArrayTar, partial, sync, write_whole
+from llmscale.data.durable import ArrayTar, partial, reopen, sync, write_whole
 from llmscale.errors import DataError
 
 SAMPLE_TOKENS = 1 << 18
@@ -231,7 +231,7 @@ class SplitWriter:
         """Finished ones."""
         self._tar: ArrayTar | None = None
         self._shard = state.open_shard.model_copy(deep=True)
-        self._index = _open_index(folder / "index.json", state.index_bytes)
+        self._index = reopen(folder / "index.json", state.index_bytes)
         try:
             self._open_tar(state.open_bytes)
         except BaseException:
@@ -278,7 +278,7 @@ class SplitWriter:
         if self._used:
             self._flush()
         self._close_shard()
-        self._index.write(b"\n]}\n")
+        self._index.write(b"\n]}\n" if self.shards else _INDEX_HEAD + b"\n]}\n")
         sync(self._index)
         self._index.seek(0)
         index_sha256 = hashlib.file_digest(self._index, "sha256").hexdigest()
@@ -313,15 +313,12 @@ class SplitWriter:
 
     def _open_tar(self, kept: int) -> None:
         """Go on with the shard that was begun, if there is one, and remove those that come after it."""
-        path = self._folder / shard_name(self.shards)
         if kept:
-            if path.exists():  # it was finished after the state was saved
-                path.rename(partial(path))
-            self._tar = ArrayTar(path, kept)
-        for other in self._folder.glob("shard-*.tar*"):
-            number = int(other.name.split("-")[1].split(".")[0])
+            self._tar = ArrayTar(self._folder / shard_name(self.shards), kept)
+        for path in self._folder.glob("shard-*.tar*"):
+            number = int(path.name.split("-")[1].split(".")[0])
             if number > self.shards or (number == self.shards and not kept):
-                other.unlink()
+                path.unlink()
 
     def _append(self, tokens: Tokens) -> None:
         self._document += len(tokens)
@@ -357,25 +354,10 @@ class SplitWriter:
         if self._tar:
             sha256 = self._tar.finish()
             shard = Shard(name=self._tar.path.name, bytes=self._tar.bytes, sha256=sha256, **self._shard.model_dump())
-            self._index.write((b",\n" if self.shards else b"") + shard.model_dump_json().encode())
+            self._index.write((b",\n" if self.shards else _INDEX_HEAD) + shard.model_dump_json().encode())
             self._bytes += shard.bytes
             self.shards += 1
             self._tar = None
-
-
-def _open_index(path: Path, kept: int) -> BinaryIO:
-    """index.json to append to, cut to its first `kept` bytes."""
-    if kept and path.exists():  # it was finished after the state was saved
-        path.rename(partial(path))
-    file = partial(path).open("r+b" if kept else "w+b")
-    if (found := file.seek(0, os.SEEK_END)) < kept:
-        file.close()
-        raise DataError(f"{partial(path)}: {found} bytes are left of the {kept} that were written")
-    file.truncate(kept)
-    file.seek(0, os.SEEK_END)
-    if not kept:
-        file.write(_INDEX_HEAD)
-    return file
 
 
 def checksum(tokens: Tokens, documents: Tokens) -> int:
