@@ -185,17 +185,20 @@ def build(
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the document lengths.")
 @_json
-def inspect(folder: Path, documents: int, as_json: bool) -> None:
+def inspect(folder: Path, documents: int, plot: Path | None, as_json: bool) -> None:
     """Show totals, document lengths and some documents of a dataset.
 
     \b
     Example:
-      llmscale data inspect data/corpus
+      llmscale data inspect data/corpus --plot lengths.png
     """
-    from llmscale.data.inspect import describe, histogram
+    from llmscale.data.inspect import describe, histogram, plot_histogram
 
     found = describe(folder, documents)
+    if plot:
+        plot_histogram(found, plot)
     if as_json:
         rows = [{"folder": str(one.folder), **one.card.model_dump(), "examples": one.documents} for one in found]
         click.echo(json.dumps(rows))
