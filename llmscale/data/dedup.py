@@ -154,8 +154,8 @@ class Deduplicator:
                 listed[number, band] = crowd[number, band] + len(there) < _CROWD
                 if listed[number, band]:
                     there.append(number)
-        for number in numbers[copies].tolist():
-            verdicts[number] = "near"
+        for copy in numbers[copies].tolist():
+            verdicts[copy] = "near"
         return listed
 
     def _alike(self, same: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -172,7 +172,7 @@ class Deduplicator:
         return keys
 
     def _list(self, first: int, end: int) -> None:
-        """Enter rows of the file into the tables; makes the tables larger, and enters all again, where they are full."""
+        """Enter rows of the file into the tables; makes them larger where they are full, and enters all again."""
         if self._exact.fits(end):
             rows = self._file.all[first:end]
             numbers = np.arange(first, end)

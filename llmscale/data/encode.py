@@ -97,10 +97,10 @@ class Encoder:
                     continue
                 replaced += piece.replaced
                 tokens.append(self.tokenizer.encode(piece.text))
-                fingerprints.append(int.from_bytes(_hash(piece.data, 8), "big") if piece.first else None)
+                fingerprints.append(int.from_bytes(digest(piece.data, 8), "big") if piece.first else None)
                 lasts.append(piece.last)
                 if self.exact:
-                    digests.append(_hash(piece.data, dedup.DIGEST_BYTES))
+                    digests.append(digest(piece.data))
                 if self.near:
                     minima.append(dedup.minima(piece.text))
         joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.uint16)
@@ -184,7 +184,8 @@ _LEAVE_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)
 """Ctrl-C is for the main process, which ends the workers."""
 
 
-def _hash(data: bytes, size: int) -> bytes:
+def digest(data: bytes, size: int = dedup.DIGEST_BYTES) -> bytes:
+    """BLAKE2b of some bytes."""
     return hashlib.blake2b(data, digest_size=size).digest()
 
 
