@@ -133,11 +133,11 @@ class Deduplicator:
         keys = self._keys(signatures)
         crowd = np.zeros(keys.shape, dtype=np.int64)
         copies = np.zeros(len(keys), dtype=bool)
-        for query, band, found in self._banded.look_up(keys):
+        for query, table, found in self._banded.look_up(keys):
             same = self._file.all["signature"][found] == signatures[query]
             shared = same[:, : self.bands * self.rows].reshape(len(same), self.bands, self.rows)
-            together = shared[np.arange(len(band)), band].all(axis=1)
-            np.add.at(crowd, (query[together], band[together]), 1)
+            together = shared[np.arange(len(table)), table].all(axis=1)
+            np.add.at(crowd, (query[together], table[together]), 1)
             copies[query[together & self._alike(same)]] = True
         listed = crowd < _CROWD
         values, counts = np.unique(keys, return_counts=True)
