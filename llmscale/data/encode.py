@@ -1,6 +1,6 @@
 """From files to tokens by any number of processes, in an order that does not depend on how many there are.
 
-The main process reads parts of documents (`documents.py`), packs them into jobs of about a MiB, and hands each job to
+The main process reads parts of documents (`documents.py`), packs them into jobs of about 256 KiB, and hands each job to
 the next free worker; results are taken in the order of the jobs. A window of jobs is in flight, and that bounds
 memory. With each job goes the position after it, from which reading can go on in another process: a file, and how
 many of its parts are done. Going on there proves that the files before are the same by their names, sizes and times,
@@ -14,7 +14,7 @@ import multiprocessing
 import signal
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ from llmscale.data.shards import Tokens
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
-_JOB_BYTES = 1 << 20
+_JOB_BYTES = 1 << 18
+"""About 0.1 s of work: at the end no worker waits for long, and the way to a worker takes under 1 ms."""
+_JOBS_A_WORKER = 4
 
 
 class Position(BaseModel):
@@ -153,22 +155,20 @@ def jobs(files: Sequence[Path], start: Position) -> Iterator[Job]:
     )  # fmt: skip
 
 
-def in_order(
-    encode: Callable[[tuple[Part, ...]], Encoded], packs: Iterator[Job], workers: int
-) -> Generator[tuple[Encoded, Position], None, None]:
+def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[tuple[Encoded, Position], None, None]:
     """The results of all jobs, in the order of the jobs, each with the position after it."""
     if workers == 1:
         for job in packs:
-            yield encode(job.parts), job.position
+            yield encoder(job.parts), job.position
         return
     # Spawned, not forked: the tokenizer's and the progress display's threads would not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=_LEAVE_INTERRUPTS)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     pending: deque[tuple[Future[Encoded], Position]] = deque()
     try:
         for job in packs:
-            pending.append((pool.submit(encode, job.parts), job.position))
-            if len(pending) > 2 * workers:
+            pending.append((pool.submit(_encode, job.parts), job.position))
+            if len(pending) > _JOBS_A_WORKER * workers:
                 future, position = pending.popleft()
                 yield future.result(), position
         while pending:
@@ -180,8 +180,19 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-_LEAVE_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)
-"""Ctrl-C is for the main process, which ends the workers."""
+_worker: Encoder
+"""Of this process, where it is a worker."""
+
+
+def _start_worker(encoder: Encoder) -> None:
+    """Ctrl-C is for the main process, which ends the workers; the tokenizer comes once, not with each job."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = encoder
+
+
+def _encode(parts: tuple[Part, ...]) -> Encoded:
+    return _worker(parts)
 
 
 def digest(data: bytes, size: int = dedup.DIGEST_BYTES) -> bytes:
