@@ -131,9 +131,10 @@ class _Store:
     def add(self, split: str, shard: Path) -> None:
         while len(self._pending) >= _WAITING:
             self._pending.popleft().result()
-        self._pending.append(self._uploads.submit(self._upload, split, shard))
+        self._pending.append(self._uploads.submit(self._move, split, shard))
 
     def publish(self, dataset: Path) -> None:
+        # Nothing is removed here: after a kill the build goes on from its journal, which knows less than is here.
         while self._pending:
             self._pending.popleft().result()
         for split in SPLITS:
@@ -148,8 +149,12 @@ class _Store:
     def close(self) -> None:
         self._uploads.shutdown(cancel_futures=True)
 
-    def _upload(self, split: str, local: Path) -> None:
+    def _move(self, split: str, local: Path) -> None:
         """Put a file into the store, and remove it here."""
+        self._upload(split, local)
+        local.unlink()
+
+    def _upload(self, split: str, local: Path) -> None:
         path = f"{self._root}/{split}/{local.name}"
         size = local.stat().st_size
 
@@ -160,7 +165,6 @@ class _Store:
                 raise OSError(f"{there} of {size} bytes are there")
 
         self._attempt(f"{self._url}/{split}/{local.name}", put)
-        local.unlink()
 
     def _list(self) -> list[str]:
         self._files.invalidate_cache()
