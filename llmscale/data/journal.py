@@ -56,7 +56,10 @@ def load(folder: Path, options: dict[str, str]) -> Journal | None:
         UsageError: it was begun with other options. DataError: the journal is broken.
     """
     path = folder / _NAME
-    if not path.is_file() or not (folder / DATASET).is_dir():
+    if not path.is_file():
+        return None
+    if not (folder / DATASET).is_dir():  # killed after the dataset had left for its place
+        drop(folder)
         return None
     try:
         journal = Journal.model_validate_json(path.read_bytes())

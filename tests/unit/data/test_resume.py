@@ -20,8 +20,12 @@ from tests.unit.data.conftest import content, sentence
 KILLED_AT_EVERY_TURN = """
 import json, os, random, signal, sys
 from pathlib import Path
+from llmscale.data import documents, encode
+from llmscale.data import build as module
 from llmscale.data.build import build
+from llmscale.errors import UsageError
 
+encode._JOB_BYTES, module.SAMPLE_TOKENS, documents.PIECE_BYTES = 1 << 12, 1024, 1 << 12
 arguments, options, turns = json.loads(sys.argv[1])
 rng = random.Random(turns)
 kills = resumed = 0
@@ -37,7 +41,11 @@ while True:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **kwargs)
             setattr(os, name, killed)
-        summary = build([arguments[0]], Path(arguments[1]), arguments[2], **options)
+        try:
+            summary = build([arguments[0]], Path(arguments[1]), arguments[2], **options)
+        except UsageError as error:  # killed when everything was in its place
+            assert "is not empty" in str(error)
+            os._exit(10)
         os._exit(10 if summary.resumed_documents else 0)
     rng.random()
     _, status = os.waitpid(child, 0)
@@ -50,38 +58,41 @@ while True:
 """
 
 
-def written(folder: Path, long: bool) -> Path:
+def written(folder: Path) -> Path:
     """Rows enough for many small shards, with copies near and far, and one of several pieces."""
     path = folder / "in/rows.jsonl"
     path.parent.mkdir()
-    rows = [sentence(number) * (1 + number % 20) for number in range(300)]
-    rows += [
-        rows[7],
-        rows[250] + " and a little more",
-        "a long row\n" * 120_000,
-        rows[8],
-        *map(sentence, range(900, 990)),
-    ]
+    rows = [sentence(number) * (1 + number % 6) for number in range(300)]
+    rows += [rows[7], rows[250] + " and a little more", rows[8], *map(sentence, range(900, 990))]
+    rows.insert(250, "a long row\n" * 3_000)
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a few documents, several samples a shard, and pieces of a few KiB."""
+    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 1 << 12)
+    monkeypatch.setattr("llmscale.data.build.SAMPLE_TOKENS", 1024)
+    monkeypatch.setattr("llmscale.data.documents.PIECE_BYTES", 1 << 12)
 
 
 @pytest.mark.parametrize(
     ("options", "turns"),
     [
-        ({"shard_bytes": 1 << 15, "validation_fraction": 0.2}, 40),
-        ({"shard_bytes": 1 << 17, "validation_fraction": 0.2, "dedup": "near"}, 60),
+        ({"shard_bytes": 1 << 13, "validation_fraction": 0.2}, 40),
+        ({"shard_bytes": 1 << 13, "validation_fraction": 0.2, "dedup": "near"}, 60),
     ],
 )
 def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(
-    tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], turns: int
+    tokenizer_json: Path, tmp_path: Path, small: None, options: dict[str, object], turns: int
 ) -> None:
-    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 1 << 14)
-    rows = written(tmp_path, long="dedup" in options)
+    rows = written(tmp_path)
     build([str(rows)], tokenizer_json, tmp_path / "whole", **options)  # type: ignore[arg-type]
     arguments = [[str(rows), str(tokenizer_json), str(tmp_path / "out")], options, turns]
-    program = "import llmscale.data.encode as e; e._JOB_BYTES = 1 << 14\n" + KILLED_AT_EVERY_TURN
-    result = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_TURN, json.dumps(arguments)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     kills, code = json.loads(result.stdout)
     assert (kills > 3, code) == (True, 10), result.stderr
@@ -110,8 +121,7 @@ def test_finished_shards_are_not_made_again_by_any_number_of_workers(tokenizer_j
     assert not out.exists()
     pipe.unlink()
     pipe.write_text("the end\n")
-    saved = journal.load(tmp_path / "out.partial", {})
-    assert saved
+    saved = journal.Journal.model_validate_json((tmp_path / "out.partial/journal.json").read_bytes())
     shards = list((tmp_path / "out.partial/dataset/train").glob("*.tar"))
     before = {path.name: path.stat().st_ino for path in shards}
     assert len(before) > 2
@@ -125,29 +135,23 @@ def test_finished_shards_are_not_made_again_by_any_number_of_workers(tokenizer_j
 
 
 @pytest.fixture
-def stopped(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> Path:
+def stopped(corpus: Path, tokenizer_json: Path, tmp_path: Path, small: None) -> Path:
     """The output of a build that a bad line has stopped."""
     (corpus / "z.jsonl").write_text('{"text": "good"}\n{"text": bad}\n')
     with pytest.raises(DataError, match=r"z\.jsonl:2: not a line of JSON .*; what was built is kept: the same command"):
-        build([str(corpus)], tokenizer_json, tmp_path / "out", shard_bytes=4096)
-    assert (tmp_path / "out.partial/journal.json").is_file()
+        build([str(corpus)], tokenizer_json, tmp_path / "out", shard_bytes=8192)
     return tmp_path / "out"
 
 
-def test_a_bad_line_can_be_mended(
-    corpus: Path, tokenizer_json: Path, tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_line_can_be_mended(corpus: Path, tokenizer_json: Path, tmp_path: Path, stopped: Path) -> None:
     (corpus / "z.jsonl").write_text('{"text": "good"}\n{"text": "good as well"}\n')
-    build([str(corpus)], tokenizer_json, stopped, shard_bytes=4096)
-    build([str(corpus)], tokenizer_json, tmp_path / "whole", shard_bytes=4096)
+    build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
+    build([str(corpus)], tokenizer_json, tmp_path / "whole", shard_bytes=8192)
     assert content(stopped) == content(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_what_was_read_must_not_have_changed(
-    corpus: Path, tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 4096)
+def test_what_was_read_must_not_have_changed(corpus: Path, tokenizer_json: Path, tmp_path: Path, small: None) -> None:
     rows = tmp_path / "rows.jsonl"
     good = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
     rows.write_text(good + "bad\n")
@@ -169,10 +173,10 @@ def test_what_was_read_must_not_have_changed(
 def test_other_options_are_refused_and_the_unfinished_build_stays(
     corpus: Path, tokenizer_json: Path, stopped: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"with --shard-size 4096 is there, and now --shard-size is 8192; .*--restart"):
-        build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
+    with pytest.raises(UsageError, match=r"with --shard-size 8192 is there, and now --shard-size is 4096; .*--restart"):
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=4096)
     with pytest.raises(UsageError, match=r"--dedup none is there, and now --dedup is near 0\.8"):
-        build([str(corpus)], tokenizer_json, stopped, shard_bytes=4096, dedup="near")
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192, dedup="near")
     assert stopped.with_name("out.partial").is_dir()
 
 
@@ -181,4 +185,4 @@ def test_a_damaged_unfinished_build_says_so(corpus: Path, tokenizer_json: Path, 
     path = next(stopped.with_name("out.partial").glob(name))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"out\.partial.*; .*--restart"):
-        build([str(corpus)], tokenizer_json, stopped, shard_bytes=4096)
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
