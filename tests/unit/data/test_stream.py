@@ -199,7 +199,7 @@ def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) ->
 
 def test_sources_of_two_tokenizers_are_refused(write_split: WriteSplit) -> None:
     one, other = write_split("a", [90], tokenizer=b"{}"), write_split("b", [90], tokenizer=b"[]")
-    with pytest.raises(DataError, match=r"b: built with another tokenizer than .*a;"):
+    with pytest.raises(DataError, match=r"b: has another tokenizer than .*a;"):
         Stream([(str(one), 1.0), (str(other), 1.0)], 8, seed=0)
 
 
