@@ -236,12 +236,12 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
     from llmscale.data.text_shards import TextSplit, is_text
 
     if is_text(Path(place)):
-        text = TextSplit(Path(place))
+        described = TextSplit(Path(place))
         if as_json:
-            click.echo(json.dumps([{"folder": place, **text.card.model_dump()}]))
+            click.echo(json.dumps([{"folder": place, **described.card.model_dump()}]))
             return
-        click.echo(_described(place, text.card))
-        for number, document in enumerate(text.texts(0)[:documents], 1):
+        click.echo(_described(place, described.card))
+        for number, document in enumerate(described.texts(0)[:documents], 1):
             click.echo(f"  document {number}, from its beginning:")
             click.echo("\n".join(f"    | {line}" for line in document[:400].splitlines()))
         return

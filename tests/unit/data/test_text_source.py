@@ -369,7 +369,7 @@ def test_the_command_describes_and_says_so(shards: Path, tokenizer_json: Path, t
     assert "9999 streams were asked for" in result.output
     result = CliRunner().invoke(command, ["inspect", str(tmp_path / "text"), "--documents", "1"])
     assert result.exit_code == 0 and "400 documents in 5 shard(s)" in result.output
-    assert "| Document 0: the stream" in result.output
+    assert "| Document 0: " in result.output
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").touch()
     result = CliRunner().invoke(command, [*arguments, str(tmp_path / "other")])
