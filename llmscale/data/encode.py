@@ -27,6 +27,7 @@ from llmscale.data.documents import Part, Reader
 from llmscale.data.inputs import InputFile
 from llmscale.data.shards import Tokens
 from llmscale.data.tokenizer import Tokenizer
+from llmscale.distributed.launch import one_thread_for_tokenizers
 from llmscale.errors import DataError, UsageError
 
 _JOB_BYTES = 1 << 18
@@ -188,6 +189,7 @@ def _start_worker(encoder: Encoder) -> None:
     """Ctrl-C is for the main process, which ends the workers; the tokenizer comes once, not with each job."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    one_thread_for_tokenizers()
     _worker = encoder
 
 
