@@ -83,7 +83,9 @@ def compare(folder: Path, workers: int, rounds: int) -> dict[str, object]:
     for _ in range(rounds + 1):
         for name in CONTENDERS:
             command = [sys.executable, "-m", "benchmarks.data_build", "--one", name, "--folder", str(folder)]
-            environment = {**os.environ, "RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+            environment = dict(os.environ)
+            if name == "tokenizer":
+                environment |= {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
             process = subprocess.run(
                 [*command, "--workers", str(workers)], env=environment, stdout=subprocess.PIPE, text=True, check=True
             )

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmscale.cli.progress import display
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress, Summary
     from llmscale.data.text_shards import TextCard
 
-_LINE_SECONDS = 10.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -106,7 +104,7 @@ def train_tokenizer(
                 yield piece.text
 
     specials = (tokenizer.END_OF_DOCUMENT, *special_tokens)
-    with _display("training") as report:
+    with display("training") as report:
         text = tokenizer.train(texts(report), vocab_size, specials)
     tokenizer.write(text, output)
     result = {
@@ -197,7 +195,7 @@ def build(
     """
     from llmscale.data.build import build as run
 
-    with _display("tokenising") as report:
+    with display("tokenising") as report:
         summary = run(
             (*inputs, *more),
             tokenizer,
@@ -289,7 +287,7 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
     from llmscale.data.verify import verify as run
 
     checked = 0
-    with _display("checking") as report:
+    with display("checking") as report:
 
         def show(done: int, total: int) -> None:
             nonlocal checked
@@ -341,7 +339,7 @@ def describe(
     from llmscale.data.build import Progress
     from llmscale.data.text_shards import describe as run
 
-    with _display("reading") as report:
+    with display("reading") as report:
         card = run(
             (*inputs, *more),
             tokenizer,
@@ -404,65 +402,3 @@ def _bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _short(count: float) -> str:
-    """A number for a narrow display: 1.8M."""
-    for unit in ("", "k", "M", "G"):
-        if count < 1000:
-            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    return f"{count:.1f}T"
-
-
-@contextmanager
-def _display(verb: str) -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on standard error; where that is no terminal, a line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    start = time.monotonic()
-    shown = start
-    before: Progress | None = None
-
-    def figures(progress: Progress) -> str:
-        nonlocal before
-        before = before or replace(progress)  # a build that is gone on with has some already
-        seconds = max(time.monotonic() - start, 1e-9)
-        counts = (
-            ("documents", progress.documents, before.documents),
-            ("tokens", progress.tokens, before.tokens),
-        )
-        parts = [f"{_short(now)} {name} ({_short((now - then) / seconds)}/s)" for name, now, then in counts if now]
-        return " · ".join(parts)
-
-    def line(progress: Progress) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if before is None:
-            figures(progress)
-        if now - shown < _LINE_SECONDS:
-            return
-        shown = now
-        text = figures(progress)
-        done = progress.bytes_read - (before.bytes_read if before else 0)
-        left = (now - start) * (progress.total_bytes - progress.bytes_read) / done if done else 0.0
-        share = progress.bytes_read / max(progress.total_bytes, 1)
-        click.echo(f"{verb}: {share:.0%} · {text} · {left:,.0f} s left", err=True)
-
-    if not console.is_terminal:
-        yield line
-        return
-    columns = (
-        TextColumn(f"{verb} {{task.percentage:.0f}}%"),
-        BarColumn(10),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(verb, total=None, figures="")
-        yield lambda progress: bar.update(
-            task, total=progress.total_bytes, completed=progress.bytes_read, figures=figures(progress)
-        )

@@ -168,6 +168,11 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
+def one_thread_for_tokenizers() -> None:
+    """Where every core has a process of its own, tokenizers starts no thread for each core in each of them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def _has_gpu() -> bool:
     import torch
 

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +178,19 @@ def test_a_build_that_fails_leaves_the_old_dataset(
     with pytest.raises(DataError, match=r"z\.jsonl:2: not a line of JSON"):
         build([str(corpus)], tokenizer_json, out, workers=workers, overwrite=True)
     assert content(out) == before
+
+
+def test_a_worker_tokenises_on_one_thread(tokenizer_json: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from llmscale.data import encode;"
+        "from llmscale.data.documents import Part; from llmscale.data.tokenizer import Tokenizer;"
+        "encode._start_worker(encode.Encoder(Tokenizer(Path(sys.argv[1])), 'text'));"
+        "before = len(os.listdir('/proc/self/task'));"
+        "assert encode._encode((Part('here', 'text', b'the stream'),)).lengths;"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    environment["RAYON_NUM_THREADS"] = "4"
+    command = [sys.executable, "-c", program, str(tokenizer_json)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "0"), result.stderr

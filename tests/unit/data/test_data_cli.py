@@ -66,6 +66,24 @@ def test_results_are_json_where_asked(corpus: Path, tmp_path: Path) -> None:
     assert json.loads(done("verify", output, "--json"))["whole"] is True
 
 
+def test_a_build_that_was_stopped_goes_on_and_copies_are_left_out(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    texts = [path.read_text() for path in sorted(corpus.rglob("*.txt"))]
+    good = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0], texts[1] * 300])
+    rows.write_text(good * 20 + "bad\n")
+    command = ["build", "--input", rows, "--tokenizer", tokenizer_json, "--output", tmp_path / "out", "--workers", 1]
+    command += ["--dedup", "exact", "--shard-size", "4K"]
+    stopped = run(*command)
+    assert "what was built is kept: the same command goes on" in str(stopped.exception)
+    rows.write_text(good * 20)
+    text = done(*command)
+    assert "were there from the build that was gone on with" in text
+    assert f"{20 * 122 - 121:,} exact and 0 near duplicate(s) left out" in text
+    assert "whole, " in done("verify", tmp_path / "out")
+
+
 def test_verify_exits_with_1_and_names_what_is_broken(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
     done("build", "--input", corpus, "--tokenizer", tokenizer_json, "--output", tmp_path / "out", "--workers", 1)
     shard = tmp_path / "out/train/shard-00000.tar"

@@ -14,7 +14,7 @@ from llmscale.data import dedup
 from llmscale.data.build import build
 from llmscale.data.dedup import PERMUTATIONS, SHINGLE_WORDS, Deduplicator, minima, rows_per_band
 from llmscale.data.encode import digest
-from llmscale.data.shards import Split
+from llmscale.data.split import Split
 from tests.unit.data.conftest import content, sentence
 
 

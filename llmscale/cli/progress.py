@@ -1,0 +1,95 @@
+"""How far a long command is: a bar on standard error; where that is no terminal, a line every ten seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from llmscale.data.build import Progress
+
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def display(verb: str) -> Iterator[Callable[[Progress], None]]:
+    """Gives the function to call with every progress; rates count from the first, which a build that goes on has."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(verb)
+        return
+    columns = (
+        TextColumn(f"{verb} {{task.percentage:.0f}}%"),
+        BarColumn(10),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    rates = _Rates()
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(verb, total=None, figures="")
+        yield lambda progress: bar.update(
+            task, total=progress.total_bytes, completed=progress.bytes_read, figures=rates.figures(progress)
+        )
+
+
+class _Rates:
+    """Rates since the first progress."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._first: Progress | None = None
+
+    def figures(self, progress: Progress) -> str:
+        """Documents and tokens, in all and a second."""
+        first = self._since(progress)
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        counts = (
+            ("documents", progress.documents, progress.documents - first.documents),
+            ("tokens", progress.tokens, progress.tokens - first.tokens),
+        )
+        return " · ".join(f"{_short(now)} {name} ({_short(new / seconds)}/s)" for name, now, new in counts if now)
+
+    def seconds_left(self, progress: Progress) -> float:
+        """At the rate of the bytes until now."""
+        done = progress.bytes_read - self._since(progress).bytes_read
+        seconds = time.monotonic() - self._start
+        return seconds * (progress.total_bytes - progress.bytes_read) / done if done else 0.0
+
+    def _since(self, progress: Progress) -> Progress:
+        self._first = self._first or replace(progress)
+        return self._first
+
+
+class _Lines:
+    """A line every _LINE_SECONDS."""
+
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
+        self._shown = time.monotonic()
+        self._rates = _Rates()
+
+    def __call__(self, progress: Progress) -> None:
+        figures, left = self._rates.figures(progress), self._rates.seconds_left(progress)
+        if time.monotonic() - self._shown < _LINE_SECONDS:
+            return
+        self._shown = time.monotonic()
+        share = progress.bytes_read / max(progress.total_bytes, 1)
+        click.echo(f"{self._verb}: {share:.0%} · {figures} · {left:,.0f} s left", err=True)
+
+
+def _short(count: float) -> str:
+    """A number for a narrow display: 1.8M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.1f}T"
