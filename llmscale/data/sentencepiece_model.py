@@ -86,7 +86,9 @@ def _parse(name: str, content: bytes) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
         raise _missing(name) from None
-    processor(content, name)
+    if not content:
+        raise DataError(f"{name}: is empty; copy the file again")
+    processor(content, name)  # whose checks go further than the parser's
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(content)
     return model
@@ -118,10 +120,12 @@ def _nearest(model: Any) -> Any:
 def _bpe(model: Any, unknown: int) -> Any:
     from tokenizers import models
 
-    ranks = {piece.piece: -piece.score for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
+    numbers = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    ranks = {piece.piece: -piece.score for piece in model.pieces if piece.type == _NORMAL}
+    pairs = merges((tuple(piece) for piece in ranks if len(piece) > 1), ranks)
     return models.BPE(
-        {piece.piece: number for number, piece in enumerate(model.pieces)},
-        merges((tuple(piece) for piece in ranks if len(piece) > 1), ranks),
+        numbers,
+        [(left, right) for left, right in pairs if left in numbers and right in numbers],
         unk_token=model.pieces[unknown].piece,
         fuse_unk=True,
         byte_fallback=any(piece.type == _BYTE for piece in model.pieces),
