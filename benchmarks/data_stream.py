@@ -5,7 +5,8 @@
 Writes random uint16 tokens twice, as shards and as one flat file, into a temporary folder, and reads shuffled
 sequences of both into int64, in turns, warm (from the page cache), one thread. Prints the median of the rounds as
 JSON, and writes it to benchmarks/results/data_stream-<date>.json. The limit knows where to read and checks nothing;
-the stream also computes the order, finds the shard and checks every id.
+the stream also computes the order and finds the shard. `first_touch` is the rate of a first pass over the data, in
+which the stream compares every sample with the index: checksum, type, ids.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
             split = Path(folder, str(sample_tokens))
             written = write(split, tokens, sample_tokens, options.shard_mib << 20)
             stream = Stream([(str(split), 1.0)], options.sequence_length, seed=1)
+            written["first_touch_mtokens_per_second"] = first_touch(stream, options)
             for batch in options.batch:
                 readers = {"stream": stream.read, "limit": flat_reader(flat, options.sequence_length)}
                 rates = measure(readers, batch, options)
@@ -67,6 +69,15 @@ def write(folder: Path, tokens: np.ndarray, sample_tokens: int, shard_bytes: int
         "tar_bytes_per_token_byte": round(card.bytes / (2 * card.tokens), 4),
         "write_mtokens_per_second": round(card.tokens / (time.perf_counter() - start) / 1e6),
     }
+
+
+def first_touch(stream: Stream, options: argparse.Namespace) -> int:
+    """The rate at which a new stream reads, which compares each sample with the index when it first meets it."""
+    count = (options.tokens - 1) // options.sequence_length
+    start = time.perf_counter()
+    for position in range(0, count, 512):
+        stream.read(np.arange(position, min(position + 512, count)))
+    return round(count * options.sequence_length / (time.perf_counter() - start) / 1e6)
 
 
 def flat_reader(flat: np.ndarray, sequence_length: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,12 @@ class _Size(click.ParamType[int]):
 
 
 _inputs = click.option(
-    "--input", "inputs", multiple=True, required=True, metavar="PATH", help="File, folder or quoted glob; repeatable."
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="File, folder, URL or quoted glob; repeatable.",
 )
 _more = click.argument("more", nargs=-1, metavar="[PATH]...")
 _suffixes = click.option(
@@ -84,10 +89,11 @@ def train_tokenizer(
     """
     from llmscale.data import documents, tokenizer
     from llmscale.data.build import Progress
+    from llmscale.data.inputs import find
 
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file such as {output / 'tokenizer.json'}")
-    reader = documents.Reader(documents.find((*inputs, *more), suffixes))
+    reader = documents.Reader(find((*inputs, *more), suffixes), text_key)
     progress = Progress(reader.total_bytes)
 
     def texts(report: Callable[[Progress], None]) -> Iterator[str]:
@@ -124,7 +130,7 @@ def train_tokenizer(
 @_text_key
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="tokenizer.json to use.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="Folder to make; holds train/ and validation/."
+    "--output", required=True, metavar="FOLDER|URL", help="What to make, s3://… too; holds train/ and validation/."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that tokenise; one a CPU when not given.")
 @click.option(
@@ -135,7 +141,28 @@ def train_tokenizer(
 @click.option(
     "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
 )
+@click.option(
+    "--dedup",
+    type=click.Choice(["none", "exact", "near"]),
+    default="none",
+    show_default=True,
+    help="Leave out documents that equal an earlier one, or nearly do.",
+)
+@click.option(
+    "--near-threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.8,
+    show_default=True,
+    help="With --dedup near: from which similarity of their runs of five words (Jaccard, estimated).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the dataset that --output holds.")
+@click.option("--restart", is_flag=True, help="Drop an unfinished build instead of going on with it.")
+@click.option(
+    "--staging",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where to work when --output is a URL; the system's folder for temporary files when not given.",
+)
 @_json
 def build(
     inputs: Sequence[str],
@@ -143,23 +170,29 @@ def build(
     suffixes: Sequence[str],
     text_key: str,
     tokenizer: Path,
-    output: Path,
+    output: str,
     workers: int | None,
     validation_fraction: float,
     shard_size: int,
     end_of_document: str | None,
+    dedup: str,
+    near_threshold: float,
     overwrite: bool,
+    restart: bool,
+    staging: Path | None,
     as_json: bool,
 ) -> None:
     """Turn text into token shards that `llmscale pretrain` streams.
 
-    Reads text files of any kind (a file is a document) and .jsonl and .jsonl.gz (a line is a document). The result is
-    the same, byte for byte, for any number of workers. Empty documents and binary files are left out, bytes that are
-    not UTF-8 are replaced; all are counted.
+    Reads .jsonl (a line is a document), .parquet (a row), webdataset .tar (a sample) and text files of any other kind
+    (a file), .gz and .zst of them too, here or wherever fsspec can read. The result is the same, byte for byte, for
+    any number of workers. Empty documents and binary files are left out, bytes that are not UTF-8 are replaced; all are
+    counted. A build that was killed goes on where it was, at the last finished shard, when the same command is given
+    again.
 
     \b
     Example:
-      llmscale data build --input corpus/ --suffix .txt --tokenizer tok.json --output data/corpus
+      llmscale data build --input corpus/ --suffix .txt --tokenizer tok.json --output data/corpus --dedup near
     """
     from llmscale.data.build import build as run
 
@@ -174,7 +207,11 @@ def build(
             suffixes=suffixes,
             text_key=text_key,
             end_of_document=end_of_document,
+            dedup=dedup,
+            near_threshold=near_threshold,
             overwrite=overwrite,
+            restart=restart,
+            staging=staging,
             report=report,
         )
     click.echo(json.dumps(_summary(summary)) if as_json else "\n".join(_summary_lines(summary)))
@@ -185,17 +222,20 @@ def build(
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the document lengths.")
 @_json
-def inspect(folder: Path, documents: int, as_json: bool) -> None:
+def inspect(folder: Path, documents: int, plot: Path | None, as_json: bool) -> None:
     """Show totals, document lengths and some documents of a dataset.
 
     \b
     Example:
-      llmscale data inspect data/corpus
+      llmscale data inspect data/corpus --plot lengths.png
     """
-    from llmscale.data.inspect import describe, histogram
+    from llmscale.data.inspect import describe, histogram, plot_histogram
 
     found = describe(folder, documents)
+    if plot:
+        plot_histogram(found, plot)
     if as_json:
         rows = [{"folder": str(one.folder), **one.card.model_dump(), "examples": one.documents} for one in found]
         click.echo(json.dumps(rows))
@@ -316,7 +356,6 @@ def _cpus() -> int:
 
 def _summary(summary: Summary) -> dict[str, Any]:
     result = asdict(summary)
-    result["output"] = str(summary.output)
     result["splits"] = {name: card.model_dump() for name, card in summary.splits.items()}
     return result
 
@@ -328,6 +367,10 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {name}: {card.documents:,} documents, {card.tokens:,} tokens, {size}"
     if "validation" in summary.splits and not summary.splits["validation"].documents:
         yield "  no document fell into validation: raise --validation-fraction to have some"
+    if summary.resumed_documents:
+        yield f"  {summary.resumed_documents:,} document(s) were there from the build that was gone on with"
+    if summary.exact_duplicates or summary.near_duplicates:
+        yield f"  {summary.exact_duplicates:,} exact and {summary.near_duplicates:,} near duplicate(s) left out"
     if summary.binary_files:
         yield f"  {summary.binary_files:,} binary file(s) left out: they hold NUL bytes"
     if summary.empty_documents:
@@ -365,22 +408,32 @@ def _display(verb: str) -> Iterator[Callable[[Progress], None]]:
     console = Console(stderr=True)
     start = time.monotonic()
     shown = start
+    before: Progress | None = None
 
     def figures(progress: Progress) -> str:
+        nonlocal before
+        before = before or replace(progress)  # a build that is gone on with has some already
         seconds = max(time.monotonic() - start, 1e-9)
-        counts = (("documents", progress.documents), ("tokens", progress.tokens))
-        parts = [f"{_short(count)} {name} ({_short(count / seconds)}/s)" for name, count in counts if count]
+        counts = (
+            ("documents", progress.documents, before.documents),
+            ("tokens", progress.tokens, before.tokens),
+        )
+        parts = [f"{_short(now)} {name} ({_short((now - then) / seconds)}/s)" for name, now, then in counts if now]
         return " · ".join(parts)
 
     def line(progress: Progress) -> None:
         nonlocal shown
         now = time.monotonic()
+        if before is None:
+            figures(progress)
         if now - shown < _LINE_SECONDS:
             return
         shown = now
+        text = figures(progress)
+        done = progress.bytes_read - (before.bytes_read if before else 0)
+        left = (now - start) * (progress.total_bytes - progress.bytes_read) / done if done else 0.0
         share = progress.bytes_read / max(progress.total_bytes, 1)
-        left = (now - start) * (1 - share) / share if share else 0.0
-        click.echo(f"{verb}: {share:.0%} · {figures(progress)} · {left:,.0f} s left", err=True)
+        click.echo(f"{verb}: {share:.0%} · {text} · {left:,.0f} s left", err=True)
 
     if not console.is_terminal:
         yield line

@@ -1,42 +1,35 @@
 """Text in, token shards out: read in order, tokenised by any number of processes, written in order.
 
-The main process reads parts of documents (`documents.py`), packs them into jobs of about a MiB, and hands each job to
-the next free worker; results are taken in the order of the jobs, so the shards are the same bytes for any number of
-workers. A window of jobs is in flight, and that bounds memory. A document goes to the validation split when the hash
-of its text (of its first MiB, where it is longer) falls below the fraction: copies of a document always land on the
-same side.
-
-Everything is written into OUTPUT.partial, which takes the place of OUTPUT by a rename once it is whole and on disk.
+The shards are the same bytes for any number of workers (`encode.py`), and whether or not the build was killed on the
+way: it works in OUTPUT.partial, notes at every finished shard all that it takes to go on (`journal.py`), and goes on
+when it is started again with the same options. A document goes to the validation split when the hash of its text (of
+its first MiB, where it is longer) falls below the fraction: copies of a document always land on the same side.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import multiprocessing
-import os
-import shutil
-import signal
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from llmscale.data import documents
-from llmscale.data.documents import Part, Reader
-from llmscale.data.shards import SAMPLE_TOKENS, Card, SplitWriter, Tokens
+from llmscale.data import journal
+from llmscale.data.dedup import PERMUTATIONS, SHINGLE_WORDS, Deduplicator, Minima
+from llmscale.data.destination import Destination, destination
+from llmscale.data.encode import Encoded, Encoder, Position, digest, in_order, jobs
+from llmscale.data.inputs import find
+from llmscale.data.journal import DATASET, Journal
+from llmscale.data.shards import SAMPLE_TOKENS, Card, Deduplication, SplitWriter, Tokens, shard_name
 from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError
 
 TRAIN, VALIDATION = "train", "validation"
-_JOB_BYTES = 1 << 20
 _MIN_SAMPLE_TOKENS = 1024
+_HELD_BYTES = 64 << 20
 
 
 @dataclass
@@ -53,7 +46,7 @@ class Progress:
 class Summary:
     """What a build did."""
 
-    output: Path
+    output: str
     splits: dict[str, Card]
     files: int
     binary_files: int
@@ -62,24 +55,17 @@ class Summary:
     """Left out: nothing but white space."""
     replaced_characters: int
     """Bytes that are not UTF-8, now U+FFFD."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of some pieces, one after another. fingerprint: of the document, None where it has begun before."""
-
-    tokens: Tokens
-    lengths: list[int]
-    fingerprints: list[int | None]
-    last: list[bool]
-    empty: int
-    replaced: int
+    exact_duplicates: int
+    """Left out: copies of an earlier document."""
+    near_duplicates: int
+    resumed_documents: int
+    """Were there already, from a build that had not ended."""
 
 
 def build(
     inputs: Sequence[str],
     tokenizer: Path,
-    output: Path,
+    output: str | Path,
     *,
     workers: int = 1,
     validation_fraction: float = 0.01,
@@ -87,185 +73,265 @@ def build(
     suffixes: Sequence[str] = (),
     text_key: str = "text",
     end_of_document: str | None = None,
+    dedup: str = "none",
+    near_threshold: float = 0.8,
     overwrite: bool = False,
+    restart: bool = False,
+    staging: Path | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
     """Write OUTPUT/train and, where validation_fraction is above 0, OUTPUT/validation.
 
-    The same inputs, tokenizer and options give the same bytes. report: called now and then with how far it is.
+    The same inputs, tokenizer and options give the same bytes. output: a folder or an fsspec URL. dedup: none, exact
+    or near. restart: begin anew where an unfinished build could be gone on with. report: called now and then with how
+    far it is.
     """
-    reader = Reader(documents.find(inputs, suffixes))
+    files = find(inputs, suffixes)
+    total_bytes = sum(file.size for file in files)
     loaded = Tokenizer(tokenizer, end_of_document)
-    _check_output(output, inputs, reader.paths, overwrite)
-    itemsize = np.dtype(loaded.dtype).itemsize
-    sample_tokens = min(SAMPLE_TOKENS, max(_MIN_SAMPLE_TOKENS, shard_bytes // itemsize))
-    shard_samples = max(1, shard_bytes // (sample_tokens * itemsize))
-    writers = {}
+    encoder = Encoder(loaded, text_key, exact=dedup != "none", near=dedup == "near")
+    options = {
+        "--tokenizer": loaded.sha256,
+        "--end-of-document": str(loaded.end_of_document),
+        "--text-key": text_key,
+        "--validation-fraction": str(validation_fraction),
+        "--shard-size": str(shard_bytes),
+        "--dedup": f"{dedup} {near_threshold}" if encoder.near else dedup,
+    }
+    place = destination(output, staging)
     try:
-        with _staged(output) as folder:
-            for split in (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,):
-                (folder / split).mkdir()
-                writers[split] = SplitWriter(
-                    folder / split, loaded.dtype, loaded.end_of_document, sample_tokens, shard_samples
-                )
-            with closing(_in_order(partial(_encode, loaded, text_key), _jobs(reader), workers)) as results:
-                empty, replaced = _write(writers, results, validation_fraction, reader, report)
-            if not writers[TRAIN].documents:
-                raise DataError(_no_documents(sum(writer.documents for writer in writers.values()), empty, reader))
-            cards = {name: writer.finish(loaded.content, loaded.vocab_size) for name, writer in writers.items()}
+        with closing(place), journal.held(place.staging, str(output)):
+            state = None if restart else journal.load(place.staging, options)
+            place.check(inputs, files, overwrite, begun=state is not None)
+            if state is None:
+                journal.drop(place.staging)
+                place.staging.mkdir(parents=True)
+                place.clear()
+            run = _Build(
+                place, state or Journal(options=options), loaded, shard_bytes,
+                (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,), validation_fraction,
+                near_threshold if encoder.near else None, encoder.exact,
+            )  # fmt: skip
+            try:
+                resumed = run.documents
+                packs = jobs(files, text_key, run.position)
+                with closing(in_order(encoder, packs, workers)) as results:
+                    run.write(results, lambda: report(run.progress(total_bytes)))
+                cards = run.finish()
+            finally:
+                run.abandon()
+            place.publish(place.staging / DATASET)
+            journal.drop(place.staging)
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror or error}; name another --output") from None
-    finally:
-        for writer in writers.values():
+    return Summary(
+        str(output), cards, len(files), run.position.binary_files, run.state.empty, run.state.replaced,
+        run.state.exact_removed, run.state.near_removed, resumed,
+    )  # fmt: skip
+
+
+class _Build:
+    """The main process's part: what was encoded goes to the splits, in order, and the journal is kept."""
+
+    def __init__(
+        self, place: Destination, state: Journal, tokenizer: Tokenizer, shard_bytes: int, splits: Sequence[str],
+        validation_fraction: float, threshold: float | None, dedup: bool,
+    ) -> None:  # fmt: skip
+        self.state = state
+        self.position = state.position
+        self._place = place
+        self._folder = place.staging
+        self._tokenizer = tokenizer
+        self._fraction = validation_fraction
+        self._threshold = threshold
+        self._split = state.split or TRAIN
+        self._held: _HeldDocument | None = None
+        self._shipped = dict.fromkeys(splits, 0)
+        itemsize = np.dtype(tokenizer.dtype).itemsize
+        sample_tokens = min(SAMPLE_TOKENS, max(_MIN_SAMPLE_TOKENS, shard_bytes // itemsize))
+        shard_samples = max(1, shard_bytes // (sample_tokens * itemsize))
+        self._dedup = Deduplicator(self._folder / "documents.kept", threshold, state.kept) if dedup else None
+        self._writers: dict[str, SplitWriter] = {}
+        try:
+            for split in splits:
+                (self._folder / DATASET / split).mkdir(parents=True, exist_ok=True)
+                self._writers[split] = SplitWriter(
+                    self._folder / DATASET / split, tokenizer.dtype, tokenizer.end_of_document, sample_tokens,
+                    shard_samples, state.writers.get(split),
+                )  # fmt: skip
+        except DataError as error:
+            self.abandon()
+            raise DataError(f"{error}; the unfinished build is damaged, drop it with --restart") from None
+        self._ship()
+
+    @property
+    def documents(self) -> int:
+        """Documents written."""
+        return sum(writer.documents for writer in self._writers.values())
+
+    def progress(self, total_bytes: int) -> Progress:
+        """How far it is."""
+        tokens = sum(writer.tokens for writer in self._writers.values())
+        return Progress(total_bytes, self.position.bytes_read, self.documents, tokens)
+
+    def write(self, results: Iterator[tuple[Encoded, Position]], report: Callable[[], None]) -> None:
+        """Write all results. What stands is kept when the input is at fault."""
+        report()
+        shards = self._shards()
+        while True:
+            try:
+                result, position = next(results)
+            except StopIteration:
+                return
+            except DataError as error:
+                if self.documents and self._save():
+                    raise DataError(f"{error}; what was built is kept: the same command goes on") from None
+                raise
+            self._add(result)
+            self.position = position
+            if self._shards() != shards and self._save():
+                shards = self._shards()
+            report()
+
+    def finish(self) -> dict[str, Card]:
+        """Finish all splits."""
+        if not self._writers[TRAIN].documents:
+            self.abandon()
+            journal.drop(self._folder)
+            raise DataError(self._no_documents())
+        about = None
+        if self._dedup:
+            about = Deduplication(
+                method="near" if self._dedup.near else "exact",
+                exact_removed=self.state.exact_removed,
+                near_removed=self.state.near_removed,
+            )
+            if self._dedup.near:
+                about = about.model_copy(
+                    update={
+                        "threshold": self._threshold, "shingle_words": SHINGLE_WORDS, "permutations": PERMUTATIONS,
+                        "bands": self._dedup.bands,
+                    }
+                )  # fmt: skip
+        content, size = self._tokenizer.content, self._tokenizer.vocab_size
+        return {name: writer.finish(content, size, about) for name, writer in self._writers.items()}
+
+    def abandon(self) -> None:
+        """Let go of the open files."""
+        for writer in self._writers.values():
             writer.abandon()
-    return Summary(output, cards, len(reader.paths), reader.binary_files, empty, replaced)
+        if self._held:
+            self._held.close()
 
-
-def _write(
-    writers: dict[str, SplitWriter],
-    results: Iterable[Encoded],
-    validation_fraction: float,
-    reader: Reader,
-    report: Callable[[Progress], None],
-) -> tuple[int, int]:
-    """Write all results; gives how many documents were empty, and how many characters were replaced."""
-    split = TRAIN
-    empty = replaced = 0
-    for result in results:
-        split = _add(writers, split, result, validation_fraction)
-        empty, replaced = empty + result.empty, replaced + result.replaced
-        documents_done = sum(writer.documents for writer in writers.values())
-        tokens_done = sum(writer.tokens for writer in writers.values())
-        report(Progress(reader.total_bytes, reader.bytes_read, documents_done, tokens_done))
-    return empty, replaced
-
-
-def _add(writers: dict[str, SplitWriter], split: str, result: Encoded, validation_fraction: float) -> str:
-    """Hand each piece to its split; gives the split of the last one, which the next piece may continue."""
-    start = 0
-    for length, fingerprint, last in zip(result.lengths, result.fingerprints, result.last, strict=True):
-        if fingerprint is not None:
-            split = VALIDATION if fingerprint < validation_fraction * 2**64 else TRAIN
-        writers[split].add(result.tokens[start : start + length], fingerprint is not None, last)
-        start += length
-    return split
-
-
-def _jobs(reader: Reader) -> Iterator[tuple[Part, ...]]:
-    """Parts in packs of about _JOB_BYTES."""
-    pack: list[Part] = []
-    size = 0
-    for part in reader:
-        pack.append(part)
-        size += len(part.data)
-        if size >= _JOB_BYTES:
-            yield tuple(pack)
-            pack, size = [], 0
-    if pack:
-        yield tuple(pack)
-
-
-def _encode(tokenizer: Tokenizer, text_key: str, parts: tuple[Part, ...]) -> Encoded:
-    """The tokens of a job; runs in the workers."""
-    tokens: list[Tokens] = []
-    fingerprints: list[int | None] = []
-    lasts: list[bool] = []
-    empty = replaced = 0
-    for part in parts:
-        for piece in documents.pieces(part, text_key):
-            if piece.first and piece.last and not piece.text.strip():
-                empty += 1
+    def _add(self, result: Encoded) -> None:
+        """Hand each piece to its split."""
+        self.state.empty += result.empty
+        self.state.replaced += result.replaced
+        start = 0
+        whole: list[_HeldDocument] = []
+        for number, length in enumerate(result.lengths):
+            tokens = result.tokens[start : start + length]
+            start += length
+            fingerprint, last = result.fingerprints[number], result.last[number]
+            if fingerprint is not None:
+                self._split = VALIDATION if fingerprint < self._fraction * 2**64 else TRAIN
+            if self._dedup is None:
+                self._writers[self._split].add(tokens, fingerprint is not None, last)
                 continue
-            replaced += piece.replaced
-            tokens.append(tokenizer.encode(piece.text))
-            fingerprints.append(_fingerprint(piece.data) if piece.first else None)
-            lasts.append(piece.last)
-    joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.uint16)
-    return Encoded(joined, [len(ids) for ids in tokens], fingerprints, lasts, empty, replaced)
+            self._held = self._held or _HeldDocument(self._split, self._folder, self._tokenizer.dtype)
+            self._held.add(tokens, result.digests[number], result.minima[number] if result.minima else None)
+            if last:
+                whole.append(self._held)
+                self._held = None
+        if self._dedup and whole:
+            self._add_unless_copies(self._dedup, whole)
+
+    def _add_unless_copies(self, dedup: Deduplicator, whole: Sequence[_HeldDocument]) -> None:
+        minima = [document.minima for document in whole if document.minima is not None]
+        verdicts = dedup.check([document.digest for document in whole], np.stack(minima) if minima else None)
+        for document, verdict in zip(whole, verdicts, strict=True):
+            if not verdict:
+                for tokens, first, last in document.pieces():
+                    self._writers[document.split].add(tokens, first, last)
+            document.close()
+        self.state.exact_removed += verdicts.count("exact")
+        self.state.near_removed += verdicts.count("near")
+
+    def _shards(self) -> int:
+        return sum(writer.shards for writer in self._writers.values())
+
+    def _save(self) -> bool:
+        """Write the journal, but while a document is held back; then hand on the shards that it knows."""
+        if self._held:
+            return False
+        if self._dedup:
+            self._dedup.sync()
+            self.state.kept = self._dedup.kept
+        self.state.position, self.state.split = self.position, self._split
+        self.state.writers = {name: writer.save() for name, writer in self._writers.items()}
+        self.state.save(self._folder)
+        self._ship()
+        return True
+
+    def _ship(self) -> None:
+        for split, writer in self._writers.items():
+            for number in range(self._shipped[split], writer.shards):
+                path = self._folder / DATASET / split / shard_name(number)
+                if path.exists():
+                    self._place.add(split, path)
+            self._shipped[split] = writer.shards
+
+    def _no_documents(self) -> str:
+        if written := self.documents:
+            return f"all {written} document(s) fell into the validation split; use a smaller --validation-fraction"
+        return (
+            f"no document to train on in --input: {self.state.empty} empty, {self.position.binary_files} binary "
+            "file(s); give files with text"
+        )
 
 
-def _fingerprint(data: bytes) -> int:
-    """64 bits of a hash of a document."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+class _HeldDocument:
+    """A document that waits for its end, when it is known whether it is a copy; on disk, where it is long."""
 
+    def __init__(self, split: str, folder: Path, dtype: str) -> None:
+        self.split = split
+        self.minima: Minima | None = None
+        self._dtype = np.dtype(dtype)
+        self._folder = folder
+        self._pieces: list[Tokens] = []
+        self._lengths: list[int] = []
+        self._digests: list[bytes] = []
+        self._file: IO[bytes] | None = None
 
-def _in_order(
-    encode: Callable[[tuple[Part, ...]], Encoded], jobs: Iterator[tuple[Part, ...]], workers: int
-) -> Generator[Encoded, None, None]:
-    """The results of all jobs, in the order of the jobs."""
-    if workers == 1:
-        yield from map(encode, jobs)
-        return
-    # Spawned, not forked: the tokenizer's and the progress display's threads would not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=_LEAVE_INTERRUPTS)
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(encode, job))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a worker was killed, most often for want of memory; use fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    @property
+    def digest(self) -> bytes:
+        """Of the whole text: that of its only piece, or of the pieces' digests."""
+        return self._digests[0] if len(self._digests) == 1 else digest(b"".join(self._digests))
 
+    def add(self, tokens: Tokens, piece_digest: bytes, minima: Minima | None) -> None:
+        self._digests.append(piece_digest)
+        if minima is not None:
+            self.minima = minima if self.minima is None else np.minimum(self.minima, minima)
+        self._pieces.append(tokens)
+        self._lengths.append(len(tokens))
+        if sum(piece.nbytes for piece in self._pieces) > _HELD_BYTES:
+            self._file = self._file or tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            for piece in self._pieces:
+                self._file.write(piece.tobytes())
+            self._pieces = []
 
-_LEAVE_INTERRUPTS = (signal.SIGINT, signal.SIG_IGN)
-"""Ctrl-C is for the main process, which ends the workers."""
-
-
-def _check_output(output: Path, inputs: Sequence[str], files: Sequence[Path], overwrite: bool) -> None:
-    """Refuse an output that would destroy something, or be read as input the next time."""
-    target = output.resolve()
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: is a file; name a folder")
-    inside = next((file for file in files if target in file.resolve().parents), None)
-    if inside:
-        raise UsageError(f"--input {inside}: lies inside --output {output}; name another --output")
-    around = next((name for name in inputs if os.path.isdir(name) and Path(name).resolve() in target.parents), None)
-    if around:
-        raise UsageError(f"--output {output}: lies inside --input {around}, which is read; name a folder outside it")
-    there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
-    if there and not overwrite:
-        raise UsageError(f"--output {output}: is not empty; name another folder, or replace it with --overwrite")
-    if foreign := [name for name in there if not (output / name / "card.json").is_file()]:
-        raise UsageError(f"--output {output}: holds {foreign[0]!r}, which no build wrote; name another folder")
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `output` at the end. Nothing stays behind on an error."""
-    target = output.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = target.with_name(f"{target.name}.partial")
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--output {output}: another build is writing it; wait for it or name another") from None
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir()
-        try:
-            yield partial_folder
-            if target.exists():
-                old = target.with_name(f"{target.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-                partial_folder.rename(target)
-                shutil.rmtree(old)
+    def pieces(self) -> Iterator[tuple[Tokens, bool, bool]]:
+        """The tokens, piece after piece, each with whether it is the first and the last."""
+        spilled = len(self._lengths) - len(self._pieces)
+        if self._file:
+            self._file.seek(0)
+        for number, length in enumerate(self._lengths):
+            if number < spilled and self._file:
+                tokens: Tokens = np.frombuffer(self._file.read(length * self._dtype.itemsize), dtype=self._dtype)
             else:
-                partial_folder.rename(target)
-        finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            os.unlink(lock.name)
+                tokens = self._pieces[number - spilled]
+            yield tokens, number == 0, number == len(self._lengths) - 1
 
-
-def _no_documents(validation: int, empty: int, reader: Reader) -> str:
-    if validation:
-        return f"all {validation} document(s) fell into the validation split; use a smaller --validation-fraction"
-    return (
-        f"no document to train on in --input: {empty} empty, {reader.binary_files} binary file(s); give files with text"
-    )
+    def close(self) -> None:
+        if self._file:
+            self._file.close()

@@ -1,31 +1,39 @@
-"""From paths to documents: which files are read, in which order, and in pieces of what size.
+"""From files to documents, in pieces, whatever the files are.
 
-One document is a whole text file or one line of a .jsonl file. The order is that of the inputs as given, sorted by
-path inside a folder or glob, and each file counts once. A document longer than PIECE_BYTES is handed on in pieces, so
-that a file of any size needs little memory (the tokenizer takes about 200 bytes a byte of text: 2 GB for one string
-of 12 MB). Pieces are cut at a line break between two non-blank characters where there is one: there byte-level BPE
-cuts as well, so the tokens are the same as without the cut.
+    .jsonl .ndjson      a line is a document: the value of --text-key
+    .parquet            a row is a document: the column --text-key
+    .tar                a webdataset shard: a sample is a document, its .txt, or its .json with --text-key
+    anything else       the file is a document
 
-Left out, and counted: files that hold a NUL byte in their first 8 KiB (binary). Bytes that are not UTF-8 become
-U+FFFD."""
+Each may be compressed as a whole, .gz or .zst (a .parquet is inside). Files are streamed: a file of any size needs
+little memory. A document longer than PIECE_BYTES is handed on in pieces (the tokenizer takes about 200 bytes a byte of
+text: 2 GB for one string of 12 MB). Pieces are cut at a line break between two non-blank characters where there is one:
+there byte-level BPE cuts as well, so the tokens are the same as without the cut.
+
+Left out, and counted: text files that hold a NUL byte in their first 8 KiB (binary). Bytes that are not UTF-8 become
+U+FFFD.
+"""
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import json
-import os
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
+from llmscale.data.inputs import InputFile, unreadable
+from llmscale.data.tars import samples
 from llmscale.errors import DataError, UsageError
 
 PIECE_BYTES = 1 << 20
 _PROBE_BYTES = 8192
+_ROWS = 256
+"""Of a parquet file, in memory at a time; a row group of any size is read in such steps."""
+EXTRA = "pip install 'llmscale[data]'"
 
 
 @dataclass(frozen=True)
@@ -54,59 +62,108 @@ class Piece:
 class Reader:
     """Reads the parts of all files in order, and counts as it goes."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        try:
-            self.total_bytes = sum(path.stat().st_size for path in self.paths)
-        except OSError as error:
-            raise _unreadable(Path(error.filename), error) from None
+    def __init__(self, files: Sequence[InputFile], text_key: str = "text") -> None:
+        self.files = tuple(files)
+        self.total_bytes = sum(file.size for file in self.files)
         self.bytes_read = 0
+        """Of the files as they lie there, compressed or not."""
         self.binary_files = 0
+        self._text_key = text_key
 
     def __iter__(self) -> Iterator[Part]:
         done = 0
-        for path in self.paths:
-            try:
-                with path.open("rb") as file:
-                    for part in self._lines(path, file) if _is_jsonl(path) else self._text(path, file):
-                        self.bytes_read = done + file.tell()
+        for about in self.files:
+            with about.open() as file:
+                try:
+                    for part in self._parts(about, file):
+                        self.bytes_read = done + min(file.tell(), about.size or file.tell())
                         yield part
-                    done += file.tell()
-            except (OSError, EOFError, zlib.error) as error:
-                raise _unreadable(path, error) from None
+                except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+                    raise unreadable(about.name, error) from None
+            done += about.size
+            self.bytes_read = done
 
-    def _text(self, path: Path, file: BinaryIO) -> Iterator[Part]:
+    def _parts(self, about: InputFile, file: BinaryIO) -> Iterator[Part]:
+        name, file = _decompressed(about.name, file)
+        if name.endswith((".jsonl", ".ndjson")):
+            return _lines(about.name, file)
+        if name.endswith(".parquet"):
+            return _rows(about.name, file, self._text_key)
+        if name.endswith((".tar", ".tgz")):
+            return _tar(about.name, file, self._text_key)
+        return self._text(about.name, file)
+
+    def _text(self, name: str, file: BinaryIO) -> Iterator[Part]:
         first = True
         for data, last in _pieces(file):
             if first and b"\0" in data[:_PROBE_BYTES]:
                 self.binary_files += 1
                 return
-            yield Part(str(path), "text", data, first, last)
+            yield Part(name, "text", data, first, last)
             first = False
 
-    def _lines(self, path: Path, file: BinaryIO) -> Iterator[Part]:
-        lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield Part(f"{path}:{number}", "json", line)
+
+def _decompressed(name: str, file: BinaryIO) -> tuple[str, BinaryIO]:
+    """The name without a compression's ending, and the file's content."""
+    if name.endswith((".gz", ".tgz")):
+        return name.removesuffix(".gz"), cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if name.endswith(".zst"):
+        # Not with the package zstandard: its reader takes a file that is cut short for a whole one.
+        arrow = _arrow(name)
+        stream = arrow.CompressedInputStream(arrow.PythonFile(file, "r"), "zstd")
+        return name.removesuffix(".zst"), io.BufferedReader(stream, 1 << 20)
+    return name, file
 
 
-def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[Path]:
-    """The files that paths, globs and folders name.
+def _arrow(name: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UsageError(f"--input {name}: this format needs the package pyarrow; {EXTRA}") from None
+    return pyarrow
 
-    suffixes: keep only these from folders; hidden files and folders, and __pycache__, are left out there.
-    """
-    found: dict[Path, Path] = {}
-    for name in inputs:
-        matches = [name] if os.path.exists(name) else sorted(filter(os.path.exists, glob.glob(name, recursive=True)))
-        files = [file for match in matches for file in _files(Path(match), suffixes)]
-        if not files:
-            ending = f" with suffix {', '.join(suffixes)}" if suffixes and matches else ""
-            what = f"holds no file{ending}" if matches else "matches no file"
-            raise UsageError(f"--input {name}: {what}; give existing files, folders or quoted globs")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+
+def _lines(name: str, file: BinaryIO) -> Iterator[Part]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield Part(f"{name}:{number}", "json", line)
+
+
+def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
+    arrow = _arrow(name)
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        columns = table.schema_arrow
+        if text_key not in columns.names:
+            there = ", ".join(columns.names[:10])
+            raise DataError(
+                f"{name}: no column {text_key!r}, there is {there}; name the one of the text with --text-key"
+            )
+        kind = columns.field(text_key).type
+        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+            raise DataError(f"{name}: the column {text_key!r} holds {kind}, not text; name another with --text-key")
+        number = 0
+        for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
+            for value in batch.column(0):
+                number += 1
+                yield from _whole(f"{name}: row {number}", (value.as_py() or "").encode())
+    except arrow.ArrowException as error:
+        raise DataError(f"{name}: not a sound parquet file ({error}); mend it or leave it out of --input") from None
+
+
+def _tar(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
+    for sample in samples(name, file, text_key):
+        yield from _whole(f"{name}: sample {sample.key}", sample.data)
+
+
+def _whole(where: str, data: bytes) -> Iterator[Part]:
+    """A document that is in memory already, in pieces."""
+    first = True
+    for block, last in _pieces(io.BytesIO(data)):
+        yield Part(where, "text", block, first, last)
+        first = False
 
 
 def pieces(part: Part, text_key: str) -> Iterator[Piece]:
@@ -167,27 +224,3 @@ def _cut(block: bytes) -> int:
         if block[at] & 0xC0 != 0x80:  # not in the middle of a UTF-8 character
             return at
     return PIECE_BYTES
-
-
-def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = []
-    for folder, folders, names in os.walk(path, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        kept = (name for name in names if not name.startswith(".") and (not suffixes or name.endswith(tuple(suffixes))))
-        found += [file for name in kept if (file := Path(folder, name)).is_file()]
-    return sorted(found)
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz"))
-
-
-def _refuse(error: OSError) -> None:
-    raise _unreadable(Path(error.filename), error)
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DataError(f"{path}: cannot be read: {reason}; mend the file or leave it out of --input")

@@ -20,23 +20,30 @@ webdataset readers to shuffle.
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import io
-import os
-import tarfile
 import zlib
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from llmscale.data.durable import ArrayTar, partial, reopen, sync, write_whole
+from llmscale.data.store import plain_name
 from llmscale.errors import DataError
 
 SAMPLE_TOKENS = 1 << 18
 Tokens = npt.NDArray[np.unsignedinteger]
+NPY_HEADER = 128
+INDEX_HEAD, INDEX_TAIL = b'{"shards": [', b"]}"
 _LENGTH_BINS = 40
+_MOST_SHARD_BYTES = 1 << 42
+_MOST_SAMPLE_TOKENS = 1 << 30
 
 
 class _Record(BaseModel):
@@ -55,7 +62,7 @@ class Card(_Record):
     vocab_size: int = Field(ge=1)
     end_of_document: int
     dtype: Literal["uint16", "uint32"]
-    sample_tokens: int = Field(ge=1)
+    sample_tokens: int = Field(ge=1, le=_MOST_SAMPLE_TOKENS)
     """Tokens of every sample but the last."""
     shards: int
     samples: int
@@ -68,66 +75,54 @@ class Card(_Record):
     shortest_document: int
     longest_document: int
     index_sha256: str
+    deduplication: Deduplication | None = None
+
+
+class Deduplication(_Record):
+    """How duplicates were removed when a dataset was built, and how many; of all splits together."""
+
+    method: Literal["exact", "near"]
+    threshold: float | None = None
+    """Estimated Jaccard similarity from which on two documents are near duplicates."""
+    shingle_words: int | None = None
+    permutations: int | None = None
+    bands: int | None = None
+    exact_removed: int = 0
+    near_removed: int = 0
 
 
 class Shard(_Record):
     """A tar file, in index.json. offsets: first byte of each sample's tokens.
 
-    checksums: CRC-32 of each sample's tokens and documents.
+    checksums: CRC-32 of each sample's tokens and documents. name: that of a file beside the index, and no path.
     """
 
     name: str
-    bytes: int
+    bytes: int = Field(ge=0, le=_MOST_SHARD_BYTES)
     sha256: str
     tokens: int
     documents: int
-    offsets: list[int]
-    checksums: list[int]
+    offsets: Sequence[int]
+    checksums: Sequence[int]
+
+    @model_validator(mode="after")
+    def _sane(self) -> Shard:
+        if not plain_name(self.name):
+            raise PydanticCustomError("name", "{name} is not a plain file name", {"name": repr(self.name)})
+        try:
+            places = array("q", [0, *self.offsets, self.bytes])
+            sound = len(array("I", self.checksums)) == len(self.offsets) > 0
+        except OverflowError:
+            sound = False
+        if not sound or (np.diff(np.frombuffer(places, dtype=np.int64)) < NPY_HEADER).any():
+            raise PydanticCustomError("offsets", "offsets beyond the shard, out of order, or without checksums")
+        return self
 
 
 class Index(_Record):
     """Where everything stands: index.json."""
 
     shards: list[Shard]
-
-
-class Split:
-    """One split on disk: its card and index, read and checked against each other. The shards are not touched."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "card.json").is_file():
-            raise DataError(_not_a_split(folder))
-        self.card = _read(Card, folder / "card.json")
-        index = folder / "index.json"
-        self.shards = tuple(_read(Index, index, self.card.index_sha256).shards)
-        samples = sum(len(shard.offsets) for shard in self.shards)
-        if samples != self.card.samples or samples != -(-self.card.tokens // self.card.sample_tokens):
-            raise DataError(f"{index}: {samples} samples, card.json says {self.card.samples}; {REBUILD}")
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer.json beside the shards."""
-        return self.folder / "tokenizer.json"
-
-    def sample_length(self, sample: int) -> int:
-        """Tokens of a sample."""
-        return min(self.card.sample_tokens, self.card.tokens - sample * self.card.sample_tokens)
-
-    def read_sample(self, shard: Shard, number: int, length: int) -> tuple[Tokens, Tokens]:
-        """(tokens, documents) of a shard's number-th sample, read from where the index says that it stands."""
-        dtype = np.dtype(self.card.dtype).newbyteorder("<")
-        path = self.folder / shard.name
-        try:
-            with path.open("rb") as file:
-                file.seek(shard.offsets[number])
-                tokens = np.frombuffer(file.read(length * dtype.itemsize), dtype=dtype)
-                file.seek(-file.tell() % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE, os.SEEK_CUR)
-                return tokens, np.lib.format.read_array(file, allow_pickle=False)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {REBUILD}") from None
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path}: sample {number} of it is damaged ({error}); {REBUILD}") from None
 
 
 REBUILD = "copy the folder again, or build it again with `llmscale data build --overwrite`"
@@ -138,32 +133,81 @@ def sample_key(sample: int) -> str:
     return f"{sample:09d}"
 
 
-def splits(folder: Path) -> list[Path]:
-    """The splits of what a user named: a split itself, or a folder that holds some."""
-    found = [folder] if (folder / "card.json").is_file() else sorted(card.parent for card in folder.glob("*/card.json"))
-    if not found:
-        raise DataError(_not_a_split(folder))
-    return found
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{number:05d}.tar"
+
+
+class OpenShard(BaseModel):
+    """What stands in a shard that is being written."""
+
+    tokens: int = 0
+    documents: int = 0
+    offsets: list[int] = Field(default_factory=list)
+    checksums: list[int] = Field(default_factory=list)
+
+
+class WriterState(_Record):
+    """Where a SplitWriter is, between two calls of add, so that another one can go on there."""
+
+    documents: int = 0
+    tokens: int = 0
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0
+    """Of the finished shards."""
+    index_bytes: int = 0
+    """Of index.json, as far as the finished shards go."""
+    lengths: list[int] = Field(default_factory=lambda: [0] * _LENGTH_BINS)
+    shortest: int = 0
+    longest: int = 0
+    document: int = 0
+    """Tokens of the document that is open."""
+    starts: list[int] = Field(default_factory=list)
+    open_sample: str = ""
+    """Base64 of the tokens that are not in a shard yet."""
+    open_bytes: int = 0
+    """Of the shard that is not finished, where there is one."""
+    open_shard: OpenShard = Field(default_factory=OpenShard)
 
 
 class SplitWriter:
-    """Writes a split, document after document, into a folder that exists and is empty."""
+    """Writes a split, document after document, into a folder.
 
-    def __init__(self, folder: Path, dtype: str, end_of_document: int, sample_tokens: int, shard_samples: int) -> None:
+    A shard is SHARD.tar.partial while it is written, and is on disk when it gets its name; so is index.json. state:
+    what `save` gave, to go on in the same folder; without it the folder is empty.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: str, end_of_document: int, sample_tokens: int, shard_samples: int,
+        state: WriterState | None = None,
+    ) -> None:  # fmt: skip
+        state = state or WriterState()
         self._folder = folder
         self._end = np.array([end_of_document], dtype=dtype)
         self._sample = np.empty(sample_tokens, dtype=np.dtype(dtype).newbyteorder("<"))
         self._shard_samples = shard_samples
-        self._used = 0
-        self._starts: list[int] = []
-        self._samples = 0
-        self._shard: _Tar | None = None
-        self._shards: list[Shard] = []
-        self._lengths = [0] * _LENGTH_BINS
-        self._shortest, self._longest = 0, 0
-        self._document = 0
-        self.documents = 0
-        self.tokens = 0
+        left = np.frombuffer(base64.b64decode(state.open_sample), dtype=self._sample.dtype)
+        self._sample[: len(left)] = left
+        self._used = len(left)
+        self._starts = list(state.starts)
+        self._samples = state.samples
+        self._lengths = list(state.lengths)
+        self._shortest, self._longest = state.shortest, state.longest
+        self._document = state.document
+        self._bytes = state.bytes
+        self.documents = state.documents
+        self.tokens = state.tokens
+        self.shards = state.shards
+        """Finished ones."""
+        self._tar: ArrayTar | None = None
+        self._shard = state.open_shard.model_copy(deep=True)
+        self._index = reopen(folder / "index.json", state.index_bytes)
+        try:
+            self._open_tar(state.open_bytes)
+        except BaseException:
+            self.abandon()
+            raise
 
     def add(self, tokens: Tokens, first: bool, last: bool) -> None:
         """Add a document, or the next piece of it; its end is written after the last piece."""
@@ -178,38 +222,74 @@ class SplitWriter:
             self._longest = max(self._longest, self._document)
             self._document = 0
 
-    def finish(self, tokenizer: bytes, vocab_size: int) -> Card:
+    def save(self) -> WriterState:
+        """Bring everything onto the disk, and say where that is."""
+        sync(self._index)
+        if self._tar:
+            self._tar.sync()
+        return WriterState(
+            documents=self.documents,
+            tokens=self.tokens,
+            samples=self._samples,
+            shards=self.shards,
+            bytes=self._bytes,
+            index_bytes=self._index.tell(),
+            lengths=self._lengths,
+            shortest=self._shortest,
+            longest=self._longest,
+            document=self._document,
+            starts=self._starts,
+            open_sample=base64.b64encode(self._sample[: self._used].tobytes()).decode(),
+            open_bytes=self._tar.bytes if self._tar else 0,
+            open_shard=self._shard,
+        )
+
+    def finish(self, tokenizer: bytes, vocab_size: int, deduplication: Deduplication | None = None) -> Card:
         """Write what is left, the index, the tokenizer.json and, last, the card."""
         if self._used:
             self._flush()
         self._close_shard()
-        lines = ",\n".join(shard.model_dump_json() for shard in self._shards)
-        index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
+        self._index.write((b"" if self.shards else INDEX_HEAD + b"\n") + b"\n" + INDEX_TAIL + b"\n")
+        sync(self._index)
+        self._index.seek(0)
+        index_sha256 = hashlib.file_digest(self._index, "sha256").hexdigest()
+        self._index.close()
         card = Card(
             tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocab_size=vocab_size,
             end_of_document=int(self._end[0]),
             dtype="uint16" if self._end.dtype.itemsize == 2 else "uint32",
             sample_tokens=len(self._sample),
-            shards=len(self._shards),
+            shards=self.shards,
             samples=self._samples,
             documents=self.documents,
             tokens=self.tokens,
-            bytes=sum(shard.bytes for shard in self._shards),
+            bytes=self._bytes,
             document_lengths=self._lengths[: self._longest.bit_length()],
             shortest_document=self._shortest,
             longest_document=self._longest,
-            index_sha256=hashlib.sha256(index).hexdigest(),
+            index_sha256=index_sha256,
+            deduplication=deduplication,
         )
-        _write(self._folder / "tokenizer.json", tokenizer)
-        _write(self._folder / "index.json", index)
-        _write(self._folder / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
+        write_whole(self._folder / "tokenizer.json", tokenizer)
+        partial(self._folder / "index.json").replace(self._folder / "index.json")
+        write_whole(self._folder / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
         return card
 
     def abandon(self) -> None:
-        """Let go of the open file, when the split will not be finished."""
-        if self._shard:
-            self._shard.close()
+        """Let go of the open files, when the split will not be finished now."""
+        self._index.close()
+        if self._tar:
+            self._tar.close()
+
+    def _open_tar(self, kept: int) -> None:
+        """Go on with the shard that was begun, if there is one, and remove those that come after it."""
+        if kept:
+            self._tar = ArrayTar(self._folder / shard_name(self.shards), kept)
+        for path in self._folder.glob("shard-*.tar*"):
+            number = int(path.name.split("-")[1].split(".")[0])
+            if number > self.shards or (number == self.shards and not kept):
+                path.unlink()
 
     def _append(self, tokens: Tokens) -> None:
         self._document += len(tokens)
@@ -223,11 +303,18 @@ class SplitWriter:
             tokens = tokens[count:]
 
     def _flush(self) -> None:
-        if self._shard is None:
-            self._shard = _Tar(self._folder / f"shard-{len(self._shards):05d}.tar")
+        if self._tar is None:
+            self._tar = ArrayTar(self._folder / shard_name(self.shards))
+            self._shard = OpenShard()
         # A document that is about to begin beyond the end belongs to the next sample.
         starts = [start for start in self._starts if start < self._used]
-        self._shard.add(self._samples, self._sample[: self._used], np.array(starts, dtype="<u4"))
+        tokens, documents = self._sample[: self._used], np.array(starts, dtype="<u4")
+        key = sample_key(self._samples)
+        self._shard.offsets.append(self._tar.member(f"{key}.tokens.npy", tokens))
+        self._tar.member(f"{key}.documents.npy", documents)
+        self._shard.checksums.append(checksum(tokens, documents))
+        self._shard.tokens += len(tokens)
+        self._shard.documents += len(documents)
         self._samples += 1
         self._starts = [0] * (len(self._starts) - len(starts))
         self._used = 0
@@ -235,63 +322,13 @@ class SplitWriter:
             self._close_shard()
 
     def _close_shard(self) -> None:
-        if self._shard:
-            self._shards.append(self._shard.finish())
-            self._shard = None
-
-
-class _Tar:
-    """A tar file being written: ustar, no times, no owners, so that the same content is the same bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO = path.open("wb")
-        self._sha256 = hashlib.sha256()
-        self._bytes = self._tokens = self._documents = 0
-        self.offsets: list[int] = []
-        self._checksums: list[int] = []
-
-    def add(self, sample: int, tokens: Tokens, documents: Tokens) -> None:
-        self.offsets.append(self._member(f"{sample_key(sample)}.tokens.npy", tokens))
-        self._member(f"{sample_key(sample)}.documents.npy", documents)
-        self._checksums.append(checksum(tokens, documents))
-        self._tokens += len(tokens)
-        self._documents += len(documents)
-
-    def finish(self) -> Shard:
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        return Shard(
-            name=self._path.name,
-            bytes=self._bytes,
-            sha256=self._sha256.hexdigest(),
-            tokens=self._tokens,
-            documents=self._documents,
-            offsets=self.offsets,
-            checksums=self._checksums,
-        )
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _member(self, name: str, array: Tokens) -> int:
-        """Write a member; gives the offset of the array's first byte."""
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-        info = tarfile.TarInfo(name)
-        info.size = len(header.getvalue()) + array.nbytes
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + header.getvalue())
-        offset = self._bytes
-        self._write(array.tobytes())
-        self._write(bytes(-info.size % tarfile.BLOCKSIZE))
-        return offset
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self._bytes += len(data)
+        if self._tar:
+            sha256 = self._tar.finish()
+            shard = Shard(name=self._tar.path.name, bytes=self._tar.bytes, sha256=sha256, **self._shard.model_dump())
+            self._index.write((b",\n" if self.shards else INDEX_HEAD + b"\n") + shard.model_dump_json().encode())
+            self._bytes += shard.bytes
+            self.shards += 1
+            self._tar = None
 
 
 def checksum(tokens: Tokens, documents: Tokens) -> int:
@@ -299,31 +336,11 @@ def checksum(tokens: Tokens, documents: Tokens) -> int:
     return zlib.crc32(documents.tobytes(), zlib.crc32(tokens.tobytes()))
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(kind: type[R], path: Path, sha256: str | None = None) -> R:
+def parse(kind: type[R], data: bytes, where: str, at: str = "") -> R:
+    """A card, an index or a shard of one. at: its key in the file."""
     try:
-        data = path.read_bytes()
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise DataError(f"{path}: not the one that card.json was written for (its checksum differs); {REBUILD}")
         return kind.model_validate_json(data)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; {REBUILD}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise DataError(f"{path}: {where}: {first['msg']}; {REBUILD}") from None
-
-
-def _not_a_split(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: no such folder; build one with `llmscale data build`"
-    inside = sorted(card.parent.name for card in folder.glob("*/card.json"))
-    if inside:
-        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[-1]}"
-    return f"{folder}: not a dataset, it has no card.json; build one with `llmscale data build`"
+        key = ".".join([at] * bool(at) + [str(part) for part in first["loc"]]) or "the whole file"
+        raise DataError(f"{where}: {key}: {first['msg']}; {REBUILD}") from None

@@ -40,6 +40,9 @@ class Source(Protocol):
     def look_ahead(self, ordinals: Integers) -> None:
         """Told what will be read soon, to fetch it; returns at once."""
 
+    def counters(self) -> Mapping[str, float]:
+        """What this process left out (skipped_…, replaced_…), and what fetching took."""
+
     def state(self, ordinal: int) -> Mapping[str, Any]:
         """What it takes to go on at this ordinal besides the ordinal, as JSON; its size is not that of the data."""
 

@@ -12,33 +12,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from llmscale.data.cache import Cache
 from llmscale.data.mixture import Mixture
-from llmscale.data.shards import Split
+from llmscale.data.quarantine import OnError
 from llmscale.data.source import Integers, Source
+from llmscale.data.split import Split
+from llmscale.data.store import is_remote
 from llmscale.data.text_shards import TEXT_FORMAT, TextSplit
 from llmscale.data.text_source import TextSource
-from llmscale.data.token_source import TokenSource
+from llmscale.data.token_source import SHUFFLE_WINDOW, TokenSource
 from llmscale.errors import DataError, UsageError
 
 _OPEN_SHARDS = 512
 """Mapped at a time, over all sources: a mapping holds a file descriptor, of which a process often has 1,024."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read."""
+
+    shuffle_window: int = SHUFFLE_WINDOW
+    """Of token shards, in samples; another one is another order."""
+    verify: Literal["first", "never"] = "first"
+    """Whether a sample is checked when this process first reads of it."""
+    on_error: OnError = "stop"
+    """What a broken sample does: end the run, or be left out and written down in `report`."""
+    max_skipped: float = 0.001
+    """Share of a source that may be left out."""
+    report: Path | None = None
+    cache: Path | None = None
+    """Folder on this node for what is fetched from elsewhere; a temporary one of the user's when None."""
+    cache_bytes: int = 16 << 30
+    readers: int = 1
+    """Processes of this node that share the cache."""
+    workers: int = 2
+    """Threads that tokenise text shards."""
+
+
 class Stream:
     """Sequences of weighted sources, by position."""
 
-    def __init__(self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int) -> None:
-        """sources: (folder of a split, weight). Every source must have been built with the same tokenizer."""
+    def __init__(
+        self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int, reading: Reading | None = None
+    ) -> None:
+        """sources: (folder, URL or pipe: command of a split or description, weight); all with one tokenizer."""
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
+        self._reading = reading or Reading()
+        cache = Cache(self._reading.cache, self._reading.cache_bytes) if any(map(is_remote, self._paths)) else None
         limit = max(8, _OPEN_SHARDS // len(sources))
-        self._sources = [open_source(Path(path), sequence_length, seed, limit) for path in self._paths]
+        self._sources = [open_source(path, sequence_length, seed, limit, cache, self._reading) for path in self._paths]
         first = self._sources[0]
         for path, source in zip(self._paths, self._sources, strict=True):
             if source.tokenizer_sha256 != first.tokenizer_sha256:
@@ -120,6 +150,7 @@ class Stream:
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
+            "shuffle_window": self._reading.shuffle_window,
             "position": position,
             "since": self._since,
             "sources": sources,
@@ -146,6 +177,7 @@ class Stream:
         for key, now, name in (
             ("seed", self.seed, "run.seed"),
             ("sequence_length", self.sequence_length, "data.sequence_length"),
+            ("shuffle_window", self._reading.shuffle_window, "data.shuffle_window"),
         ):
             if state[key] != now:
                 raise UsageError(
@@ -173,17 +205,50 @@ class Stream:
         gone = [one for one in left if one["path"] not in self._paths]
         return notes + [f"{one['path']} is left out, after {one['sequences']:,} sequences" for one in gone]
 
+    def counters(self) -> dict[str, float]:
+        """What this process left out of all sources, and what fetching took."""
+        total: dict[str, float] = {}
+        fetched: dict[str, float] = {}
+        for source in self._sources:
+            for name, value in source.counters().items():
+                if name.startswith(("skipped_", "replaced_")):
+                    total[name] = total.get(name, 0) + value
+                else:
+                    fetched[name] = value  # of the cache, which the sources share
+        return {**total, **fetched}
+
     def close(self) -> None:
         """Let go of what the sources hold."""
         for source in self._sources:
             source.close()
 
 
-def open_source(path: Path, sequence_length: int, seed: int, open_shards: int) -> Source:
-    """The source that a folder's card.json says it is."""
-    if _format(path) == TEXT_FORMAT:
-        return TextSource(TextSplit(path), sequence_length, seed)
-    return TokenSource(Split(path), sequence_length, seed, open_shards)
+def open_source(
+    place: str, sequence_length: int, seed: int, open_shards: int, cache: Cache | None, reading: Reading
+) -> Source:
+    """The source that the card.json there says it is."""
+    if not is_remote(place) and _format(Path(place)) == TEXT_FORMAT:
+        return TextSource(
+            TextSplit(Path(place)),
+            sequence_length,
+            seed,
+            workers=reading.workers,
+            on_error=reading.on_error,
+            max_skipped=reading.max_skipped,
+            report=reading.report,
+        )
+    return TokenSource(
+        Split(place, cache),
+        sequence_length,
+        seed,
+        open_shards,
+        shuffle_window=reading.shuffle_window,
+        verify=reading.verify,
+        readers=reading.readers,
+        on_error=reading.on_error,
+        max_skipped=reading.max_skipped,
+        report=reading.report,
+    )
 
 
 def _format(path: Path) -> str | None:

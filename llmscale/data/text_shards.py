@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 import zlib
@@ -23,16 +22,15 @@ from typing import BinaryIO, Literal
 
 from pydantic import Field
 
-from llmscale.data.documents import find
+from llmscale.data.inputs import find
 from llmscale.data.records import Record, read_record, write_file
+from llmscale.data.tars import samples
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
 TEXT_FORMAT = "llmscale-text"
 PIECE_BYTES = 512 << 10
 STREAMS = 64
-MOST_BYTES = 1 << 30
-"""The longest document that is taken: a tar header may claim any size."""
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -118,7 +116,10 @@ class TextSplit:
         if zlib.crc32(data) != piece.checksum:
             place = f"the piece of {piece.bytes} bytes at {piece.offset}"
             raise DataError(f"{path}: {place} is not what was described (its checksum differs); {DESCRIBE}")
-        return [text for _, text in _samples(path, io.BytesIO(data + _END), self.card.text_key)]
+        return [
+            one.data.decode("utf-8", "replace")
+            for one in samples(str(path), io.BytesIO(data + _END), self.card.text_key)
+        ]
 
 
 DESCRIBE = "copy the file again, or describe the shards again with `llmscale data describe`"
@@ -146,8 +147,13 @@ def describe(
     if streams < 1:
         raise UsageError(f"--streams {streams}: give at least 1")
     loaded = Tokenizer(tokenizer, end_of_document)
-    paths = find(inputs, [".tar"])
-    for path in paths:
+    paths = []
+    for file in find(inputs, [".tar"]):
+        if (path := file.path) is None:
+            raise UsageError(
+                f"--input {file.name}: text shards are read where they lie, on this machine; copy them here"
+            )
+        paths.append(path)
         if path.suffix != ".tar":
             raise UsageError(
                 f"--input {path}: not a .tar file; a compressed one has to be unpacked to be read in pieces"
@@ -203,10 +209,9 @@ def _pieces(path: Path, text_key: str) -> Iterator[Piece]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file, path.open("rb") as again:
-            begin = documents = 0
-            end = 0
-            for end_of_sample, _ in _samples(path, file, text_key):
-                documents, end = documents + 1, end_of_sample
+            begin = end = documents = 0
+            for sample in samples(str(path), file, text_key):
+                documents, end = documents + 1, sample.end
                 if end - begin >= PIECE_BYTES:
                     yield _piece(again, begin, end, documents)
                     begin, documents = end, 0
@@ -224,67 +229,3 @@ def _piece(file: BinaryIO, begin: int, end: int, documents: int) -> Piece:
     while left and (data := file.read(min(left, 1 << 20))):
         checksum, left = zlib.crc32(data, checksum), left - len(data)
     return Piece(offset=begin, bytes=end - begin, documents=documents, checksum=checksum)
-
-
-def _samples(path: Path, file: BinaryIO, text_key: str) -> Iterator[tuple[int, str]]:
-    """(where the sample ends, its text) of each sample: members that follow on each other and share a key."""
-    key: str | None = None
-    text: str | None = None
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                _refuse(path, member)
-                folder, _, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                if key is not None and (folder, stem) != tuple(key.rsplit("/", 1)):
-                    yield end, _whole(path, key, text)
-                    text = None
-                key = f"{folder}/{stem}"
-                found = _text(path, tar, member, ending, text_key)
-                text = found if text is None else text
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a whole tar file ({error}); copy it again") from None
-    if key is not None:
-        yield end, _whole(path, key, text)
-
-
-def _whole(path: Path, key: str, text: str | None) -> str:
-    if text is None:
-        raise DataError(f"{path}: sample {key.lstrip('/')!r} has no .txt and no .json with the text; see --text-key")
-    return text
-
-
-def _refuse(path: Path, member: tarfile.TarInfo) -> None:
-    """Members that no honest shard has."""
-    if not member.isfile():
-        raise DataError(f"{path}: member {member.name!r} is a link or a device; a shard holds files only")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise DataError(f"{path}: member {member.name!r} leaves its folder; pack the shard again")
-    if member.size > MOST_BYTES:
-        raise DataError(
-            f"{path}: member {member.name!r} says it has {member.size} bytes; at most {MOST_BYTES} are taken"
-        )
-
-
-def _text(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, text_key: str) -> str | None:
-    """The text that a member holds, if that is what it is for."""
-    if ending not in ("txt", "json"):
-        return None
-    file = tar.extractfile(member)
-    data = file.read() if file else b""
-    if len(data) != member.size:
-        raise DataError(f"{path}: member {member.name!r} is cut short; copy the shard again")
-    if ending == "txt":
-        return data.decode("utf-8", "replace")
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{path}: member {member.name!r} is not JSON ({error})") from None
-    text = found.get(text_key) if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        return None
-    return text.encode("utf-8", "replace").decode() if not text.isascii() else text

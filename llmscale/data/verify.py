@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 
-from llmscale.data.shards import REBUILD, Shard, Split, checksum, sample_key, splits
+from llmscale.data.cache import Cache
+from llmscale.data.shards import REBUILD, Shard, checksum, sample_key
+from llmscale.data.split import Split, parse_sample, splits
+from llmscale.data.store import is_remote
 from llmscale.errors import DataError
 
 
-def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+def verify(
+    place: Path | str, report: Callable[[int, int], None] = lambda done, total: None, cache: Cache | None = None
+) -> list[str]:
     """All that is wrong in a split or in all splits of a dataset, one line each; empty when it is whole.
 
+    place: a folder, or the URL of a split (`store.py`), whose shards go through the cache one after another.
     report: called with (bytes checked, bytes in all) after each shard.
     """
     problems: list[str] = []
     opened = []
-    for one in splits(folder):
+    for one in splits(Path(place)) if not is_remote(place) else [place]:
         try:
-            opened.append(Split(one))
+            opened.append(Split(one, cache))
         except DataError as error:
             problems.append(str(error))
     total = sum(split.card.bytes for split in opened)
@@ -55,37 +63,46 @@ def _totals(split: Split) -> Iterator[str]:
 
 def _shard(split: Split, shard: Shard, first: int) -> Iterator[str]:
     """Problems of a shard; first: the number of its first sample."""
-    path = split.folder / shard.name
+    path = split.where(shard.name)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with split.open_shard(shard) as file:
+            yield from _file(split, shard, first, path, file)
     except OSError as error:
         yield f"{path}: cannot be read: {error.strerror}; {REBUILD}"
-        return
+    except DataError as error:
+        yield str(error)
+    if split.store and split.cache:
+        split.cache.discard(split.key, shard.name)
+
+
+def _file(split: Split, shard: Shard, first: int, path: str, file: BufferedReader) -> Iterator[str]:
+    """Problems of a shard that can be read."""
+    size = os.fstat(file.fileno()).st_size
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if size != shard.bytes:
         yield f"{path}: has {size} bytes, index.json says {shard.bytes}; {REBUILD}"
     elif sha256 != shard.sha256:
         yield f"{path}: its checksum differs from index.json; {REBUILD}"
-    yield from _members(path, shard, first)
+    yield from _members(path, file, shard, first)
     for number in range(len(shard.offsets)):
-        problem = _sample(split, shard, number, first + number)
+        problem = _sample(split, shard, number, first + number, file)
         if problem:
             yield f"{path}: sample {sample_key(first + number)}: {problem}; {REBUILD}"
 
 
-def _members(path: Path, shard: Shard, first: int) -> Iterator[str]:
+def _members(path: str, file: BufferedReader, shard: Shard, first: int) -> Iterator[str]:
     """Whether the tar lists the samples that the index lists, each at its place."""
     wanted = []
     for number in range(first, first + len(shard.offsets)):
         wanted += [f"{sample_key(number)}.tokens.npy", f"{sample_key(number)}.documents.npy"]
     try:
-        with tarfile.open(path, "r:") as tar:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
     except (tarfile.TarError, EOFError, OSError) as error:
         yield f"{path}: not a whole tar file ({error}); {REBUILD}"
         return
-    if [member.name for member in members] != wanted:
+    if [member.name for member in members if member.isreg()] != wanted:
         yield f"{path}: its members are not the {len(shard.offsets)} samples that index.json lists; {REBUILD}"
         return
     for number, member in enumerate(members[::2]):
@@ -93,14 +110,14 @@ def _members(path: Path, shard: Shard, first: int) -> Iterator[str]:
             yield f"{path}: sample {sample_key(first + number)}: index.json has a wrong offset; {REBUILD}"
 
 
-def _sample(split: Split, shard: Shard, number: int, sample: int) -> str:
+def _sample(split: Split, shard: Shard, number: int, sample: int, file: BufferedReader) -> str:
     """What is wrong with a sample's content, if anything."""
+    start, end = split.region(shard, number)
+    file.seek(start)
     try:
-        tokens, starts = split.read_sample(shard, number, split.sample_length(sample))
-    except DataError:
-        return "cannot be read"
-    if len(tokens) != split.sample_length(sample):
-        return f"{len(tokens)} of {split.sample_length(sample)} tokens are there"
+        tokens, starts = parse_sample(file.read(end - start), np.dtype(split.card.dtype), split.sample_length(sample))
+    except ValueError as error:
+        return str(error)
     if checksum(tokens, starts) != shard.checksums[number]:
         return "its checksum differs from index.json"
     card = split.card

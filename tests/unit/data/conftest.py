@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def sentence(number: int) -> str:
         + " ".join(WORDS[(number * step) % len(WORDS)] for step in range(5 + number % 40))
         + ".\n"
     )
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The checksum of every file under a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture

@@ -1,46 +1,38 @@
+"""Every format gives the same documents; what is broken is named by file and place."""
+
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.data import documents
-from llmscale.data.documents import PIECE_BYTES, Part, Reader, find, pieces
+from llmscale.data.documents import PIECE_BYTES, Part, Reader, pieces
+from llmscale.data.inputs import find
 from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError
+
+
+def read(path: Path, key: str = "text") -> list[Part]:
+    return list(Reader(find([str(path)]), key))
 
 
 def texts(path: Path, key: str = "text") -> list[str]:
-    return [piece.text for part in Reader([path]) for piece in pieces(part, key)]
-
-
-def test_folders_are_read_in_order_of_path_and_each_file_once(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/1.txt", "a.txt", ".hidden/x.txt", "__pycache__/y.txt", "b/.z.txt", "c.md"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-    (tmp_path / "broken.txt").symlink_to(tmp_path / "nothing")
-    found = find([str(tmp_path / "b/2.txt"), str(tmp_path), str(tmp_path / "*.md")])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/2.txt", "a.txt", "b/1.txt", "c.md"]
-    assert [path.name for path in find([str(tmp_path)], [".md"])] == ["c.md"]
-    assert [path.name for path in find([str(tmp_path / "[ab]**/*.txt")])] == ["1.txt", "2.txt"]
-    assert [path.name for path in find([str(tmp_path / "*.txt")])] == ["a.txt"]
-
-
-def test_input_that_matches_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--input .*nothing.*: matches no file"):
-        find([str(tmp_path / "nothing*")])
-    with pytest.raises(UsageError, match=r"holds no file; give"):
-        find([str(tmp_path)])
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UsageError, match=r"holds no file with suffix \.py"):
-        find([str(tmp_path)], [".py"])
+    """The documents, whole."""
+    found: list[str] = []
+    for part in read(path, key):
+        for piece in pieces(part, key):
+            if piece.first:
+                found.append("")
+            found[-1] += piece.text
+    return found
 
 
 def test_a_file_is_a_document_and_a_line_of_jsonl_is_one(tmp_path: Path) -> None:
@@ -52,9 +44,117 @@ def test_a_file_is_a_document_and_a_line_of_jsonl_is_one(tmp_path: Path) -> None
     assert texts(tmp_path / "b.jsonl") == texts(tmp_path / "c.jsonl.gz") == ["x\ny", "", "ä"]
 
 
+DOCUMENTS = ["x\ny", "", "ä" * 40, "long line\n" * 150_000, "🙂"]
+
+
+def write(path: Path, documents_: list[str] = DOCUMENTS, key: str = "text") -> None:
+    """The documents in the format that the name says."""
+    name = path.name
+    rows = "".join(json.dumps({"id": 1, key: text}) + "\n" for text in documents_).encode()
+    if ".parquet" in name:
+        from pyarrow import parquet
+
+        table = pyarrow.table({"id": range(len(documents_)), key: documents_})
+        parquet.write_table(table, path, row_group_size=2)
+        return
+    if ".tar" in name or name.endswith(".tgz"):
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for number, text in enumerate(documents_):
+                json_too = {"txt": text.encode(), "json": json.dumps({key: text}).encode()}
+                members = {"cls": b"1", **(json_too if number % 2 else {"json": json_too["json"]})}
+                for ending, data in members.items():
+                    info = tarfile.TarInfo(f"./part/{number}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        rows = packed.getvalue()
+    path.write_bytes(compressed(name, rows))
+
+
+def compressed(name: str, data: bytes) -> bytes:
+    if name.endswith((".gz", ".tgz")):
+        return gzip.compress(data)
+    # Two frames: files that were put one after another are one file.
+    half = len(data) // 2
+    return (
+        b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+        if name.endswith(".zst")
+        else data
+    )
+
+
+FORMATS = [
+    "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.tar", "a.tar.gz", "a.tgz", "a.tar.zst",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, key="content")
+    assert texts(tmp_path / name, "content") == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.txt.zst"])
+def test_a_text_file_may_be_compressed(name: str, tmp_path: Path) -> None:
+    text = "one\ntwo\n" * 300_000
+    (tmp_path / name).write_bytes(compressed(name, text.encode()))
+    assert texts(tmp_path / name) == [text]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_is_cut_short_is_named(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(DataError, match=rf"{name}[: ]") as caught:
+        texts(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar", "a.tar.gz", "a.jsonl.zst", "a.jsonl.gz"])
+def test_a_file_that_is_something_else_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(DataError, match=rf"{name}: "):
+        texts(tmp_path / name)
+
+
+def test_a_parquet_file_without_the_column_says_which_there_are(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", key="body")
+    with pytest.raises(DataError, match=r"no column 'text', there is id, body; .*--text-key"):
+        texts(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"the column 'id' holds int64, not text"):
+        texts(tmp_path / "a.parquet", "id")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_progress_ends_at_the_size_of_the_files(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    reader = Reader(find([str(tmp_path)]))
+    last = 0
+    for _ in reader:
+        assert last <= reader.bytes_read <= reader.total_bytes or name.endswith(".parquet")
+        last = reader.bytes_read
+    assert reader.bytes_read == reader.total_bytes == (tmp_path / name).stat().st_size
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    import tracemalloc
+
+    peaks = []
+    for count in (2_000, 20_000):
+        write(tmp_path / "a.jsonl.zst", ["some words of text " * 20] * count)
+        tracemalloc.start()
+        for part in Reader(find([str(tmp_path)])):
+            for _ in pieces(part, "text"):
+                pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
 def test_binary_files_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"text\0text")
-    reader = Reader([tmp_path / "a.bin"])
+    reader = Reader(find([str(tmp_path / "a.bin")]))
     assert list(reader) == []
     assert reader.binary_files == 1
 
@@ -100,11 +200,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name, data, reason in (("cut.jsonl.gz", whole[:-20], "ended"), ("not.jsonl.gz", b"plain", "gzip")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}: cannot be read: .*{reason}"):
-            list(Reader([tmp_path / name]))
+            read(tmp_path / name)
+    (tmp_path / "gone.txt").touch()
+    gone = Reader(find([str(tmp_path / "gone.txt")]))
+    (tmp_path / "gone.txt").unlink()
     with pytest.raises(DataError, match=r"gone\.txt: cannot be read: No such file"):
-        Reader([tmp_path / "gone.txt"])
+        list(gone)
     with pytest.raises(DataError, match=r"/proc/self/mem: cannot be read: Input/output error"):
-        list(Reader([Path("/proc/self/mem")]))
+        read(Path("/proc/self/mem"))
 
 
 @settings(max_examples=20, deadline=None)
@@ -122,7 +225,7 @@ def test_a_long_document_gets_the_tokens_that_it_gets_in_one_go(tmp_path: Path, 
     text = "".join(f"  if line {n}:\n\n\tthe token = 'of {n * n}'\r\n" for n in range(40_000))
     assert len(text) > 1.5 * PIECE_BYTES
     (tmp_path / "a.txt").write_bytes(text.encode())
-    found = [piece for part in Reader([tmp_path / "a.txt"]) for piece in pieces(part, "text")]
+    found = [piece for part in read(tmp_path / "a.txt") for piece in pieces(part, "text")]
     assert [(piece.first, piece.last) for piece in found] == [(True, False), (False, True)]
     joined = [token for piece in found for token in tokenizer.encode(piece.text).tolist()]
     assert joined == tokenizer.encode(text).tolist()

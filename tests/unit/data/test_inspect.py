@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from llmscale.data.build import build
-from llmscale.data.inspect import describe, histogram
+from llmscale.data.inspect import describe, histogram, plot_histogram
+from llmscale.errors import DataError, UsageError
 
 
 def test_totals_histogram_and_documents(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
@@ -27,3 +30,30 @@ def test_more_documents_than_there_are_shows_them_all(corpus: Path, tokenizer_js
     assert len(only.documents) == 1
     (none,) = describe(tmp_path / "out/train", documents=0)
     assert none.documents == []
+
+
+def test_the_lengths_are_drawn_for_every_split_and_an_empty_one(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    from matplotlib.image import imread
+
+    build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.2)
+    build([str(corpus / "part0")], tokenizer_json, tmp_path / "few", validation_fraction=1e-9)
+    heights = []
+    for name in ("out", "out/train", "few"):
+        plot_histogram(describe(tmp_path / name, 0), picture := tmp_path / "pictures" / "lengths.png")
+        pixels = imread(picture)
+        blue = pixels[..., 2] - pixels[..., 0] > 0.4
+        assert blue.mean() > 0.02
+        heights.append(pixels.shape[0])
+    assert heights[0] == heights[2] > heights[1]
+    assert [path.name for path in picture.parent.iterdir()] == ["lengths.png"]
+
+
+def test_a_picture_that_cannot_be_is_refused(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    build([str(corpus / "part0")], tokenizer_json, tmp_path / "out")
+    found = describe(tmp_path / "out", 0)
+    with pytest.raises(UsageError, match=r"--plot .*lengths: a picture is a PNG; name a file such as .*lengths\.png"):
+        plot_histogram(found, tmp_path / "lengths")
+    with pytest.raises(DataError, match=r"lengths\.png: cannot be written: .*; name another --plot"):
+        plot_histogram(found, tokenizer_json / "lengths.png")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmscale.data.shards import Split, SplitWriter, splits
+from llmscale.data.shards import SplitWriter
+from llmscale.data.split import Split, splits
 from llmscale.errors import DataError
 
 from .conftest import WriteSplit, row_of_tokens

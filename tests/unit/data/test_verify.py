@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmscale.data.shards import Split
+from llmscale.data.split import Split
 from llmscale.data.verify import verify
 
 from .conftest import WriteSplit
@@ -50,7 +50,7 @@ def test_every_broken_thing_is_reported_at_once(write_split: WriteSplit, tmp_pat
     for message in (
         r"index.json: cannot be read",
         f"{SHARD}: has 1500 bytes, index.json says",
-        f"{SHARD}: sample 000000005: cannot be read",
+        f"{SHARD}: sample 000000005: cut short: 0 of 64 tokens are there",
         "shard-00002.tar: cannot be read: No such file",
         "shard-99999.tar: not in index.json; remove it",
         "tokenizer.json: not the tokenizer that made the shards",

@@ -1,0 +1,209 @@
+"""Where a dataset goes: a folder, or an object store that fsspec writes (s3://, gs://).
+
+A folder is built as FOLDER.partial beside it and takes its place by a rename. For a store, each shard is built in a
+local folder, uploaded by one thread while the next is written, and removed here once the store has all its bytes; two
+wait at most. The cards come last, the one of train/ at the very end: without a card no reader takes a split for one.
+Uploads are tried again with growing delays, and a build that is started again uploads what it had not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from llmscale.data.inputs import InputFile
+from llmscale.errors import DataError, UsageError
+
+SPLITS = ("validation", "train")
+"""In the order in which they appear."""
+_FILES = ("tokenizer.json", "index.json")
+_ATTEMPTS = 6
+_WAITING = 2
+
+
+class Destination(Protocol):
+    """A place for a dataset."""
+
+    staging: Path
+    """The folder to work in, which may be left and found again."""
+
+    def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
+        """Refuse what would destroy something. begun: this very build was writing it before."""
+
+    def clear(self) -> None:
+        """Make room, at the beginning of a build, where that cannot be done at its end."""
+
+    def add(self, split: str, shard: Path) -> None:
+        """A shard is whole, and the journal knows it."""
+
+    def publish(self, dataset: Path) -> None:
+        """Let readers see the finished dataset."""
+
+    def close(self) -> None:
+        """Let go, whether the build is finished or not."""
+
+
+def destination(output: str | Path, staging: Path | None = None) -> Destination:
+    """The destination that a path or URL names. staging: folder for the work of a build that goes to a store."""
+    text = os.fspath(output)
+    parts = urlsplit(text)
+    if "://" not in text or parts.scheme in ("file", "local"):
+        path = Path(unquote(parts.path)) if "://" in text else Path(text)
+        if staging:
+            raise UsageError(f"--staging {staging}: is for an --output that is a URL; leave it away")
+        return _Folder(path)
+    return _Store(text, staging)
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._target = path.resolve()
+        self.staging = self._target.with_name(f"{self._target.name}.partial")
+
+    def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
+        output, target = self._path, self._target
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"--output {output}: is a file; name a folder")
+        inside = next((file for file in files if file.path and target in file.path.resolve().parents), None)
+        if inside:
+            raise UsageError(f"--input {inside.name}: lies inside --output {output}; name another --output")
+        around = next((name for name in inputs if os.path.isdir(name) and Path(name).resolve() in target.parents), None)
+        if around:
+            raise UsageError(
+                f"--output {output}: lies inside --input {around}, which is read; name a folder outside it"
+            )
+        there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+        if there and not overwrite:
+            raise UsageError(f"--output {output}: is not empty; name another folder, or replace it with --overwrite")
+        if foreign := [name for name in there if not (output / name / "card.json").is_file()]:
+            raise UsageError(f"--output {output}: holds {foreign[0]!r}, which no build wrote; name another folder")
+
+    def clear(self) -> None:
+        pass
+
+    def add(self, split: str, shard: Path) -> None:
+        pass
+
+    def publish(self, dataset: Path) -> None:
+        old = self._target.with_name(f"{self._target.name}.old")
+        if self._target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self._target.rename(old)
+        dataset.rename(self._target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Store:
+    def __init__(self, url: str, staging: Path | None) -> None:
+        self._url = url.rstrip("/")
+        self._files, self._root = _filesystem(self._url)
+        name = f"llmscale-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}.partial"
+        self.staging = (staging or Path(tempfile.gettempdir())).resolve() / name
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._pending: deque[Future[None]] = deque()
+
+    def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
+        there = sorted(path.rstrip("/").rpartition("/")[2] for path in self._attempt(self._url, self._list))
+        if foreign := [name for name in there if name not in SPLITS]:
+            raise UsageError(f"--output {self._url}: holds {foreign[0]!r}, which no build wrote; name another")
+        if there and not overwrite and not begun:
+            raise UsageError(
+                f"--output {self._url}: is not empty; name another, or replace it with --overwrite, "
+                "or name the --staging folder in which its unfinished build was"
+            )
+
+    def clear(self) -> None:
+        for split in reversed(SPLITS):
+            self._attempt(f"{self._url}/{split}", lambda path=f"{self._root}/{split}": self._remove(path))
+
+    def add(self, split: str, shard: Path) -> None:
+        while len(self._pending) >= _WAITING:
+            self._pending.popleft().result()
+        self._pending.append(self._uploads.submit(self._move, split, shard))
+
+    def publish(self, dataset: Path) -> None:
+        # Nothing is removed here: after a kill the build goes on from its journal, which knows less than is here.
+        while self._pending:
+            self._pending.popleft().result()
+        for split in SPLITS:
+            for path in sorted((dataset / split).glob("shard-*.tar")):
+                self._upload(split, path)
+        for names in (_FILES, ("card.json",)):
+            for split in SPLITS:
+                for name in names:
+                    if (dataset / split / name).is_file():
+                        self._upload(split, dataset / split / name)
+
+    def close(self) -> None:
+        self._uploads.shutdown(cancel_futures=True)
+
+    def _move(self, split: str, local: Path) -> None:
+        """Put a file into the store, and remove it here."""
+        self._upload(split, local)
+        local.unlink()
+
+    def _upload(self, split: str, local: Path) -> None:
+        path = f"{self._root}/{split}/{local.name}"
+        size = local.stat().st_size
+
+        def put() -> None:
+            self._files.put_file(str(local), path)
+            self._files.invalidate_cache()
+            if (there := self._files.info(path)["size"]) != size:
+                raise OSError(f"{there} of {size} bytes are there")
+
+        self._attempt(f"{self._url}/{split}/{local.name}", put)
+
+    def _list(self) -> list[str]:
+        self._files.invalidate_cache()
+        try:
+            return [str(path) for path in self._files.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def _remove(self, path: str) -> None:
+        self._files.invalidate_cache()
+        for one in (f"{path}/card.json", path):
+            if self._files.exists(one):
+                self._files.rm(one, recursive=True)
+
+    def _attempt(self, where: str, call: Any) -> Any:
+        delay = 0.5
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return call()
+            except Exception as error:  # each store has its own
+                final = isinstance(error, PermissionError | FileNotFoundError) or "Credentials" in type(error).__name__
+                if final or attempt == _ATTEMPTS:
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise DataError(
+                        f"{where}: cannot be written: {reason}; check the URL, the credentials and the network"
+                    ) from None
+            time.sleep(delay)
+            delay *= 2
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The filesystem of a URL, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, root = url_to_fs(url)
+    except ImportError as error:
+        raise UsageError(f"--output {url}: needs a package that is not here: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"--output {url}: {error}; give a folder or an fsspec URL") from None
+    return filesystem, str(root).rstrip("/")

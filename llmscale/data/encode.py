@@ -1,0 +1,220 @@
+"""From files to tokens by any number of processes, in an order that does not depend on how many there are.
+
+The main process reads parts of documents (`documents.py`), packs them into jobs of about 256 KiB, and hands each job to
+the next free worker; results are taken in the order of the jobs. A window of jobs is in flight, and that bounds
+memory. With each job goes the position after it, from which reading can go on in another process: a file, and how
+many of its parts are done. Going on there proves that the files before are the same by their names, sizes and times,
+and that file by a checksum of the parts; what comes after may have changed, so that a bad line can be mended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import signal
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from llmscale.data import dedup, documents
+from llmscale.data.documents import Part, Reader
+from llmscale.data.inputs import InputFile
+from llmscale.data.shards import Tokens
+from llmscale.data.tokenizer import Tokenizer
+from llmscale.errors import DataError, UsageError
+
+_JOB_BYTES = 1 << 18
+"""About 0.1 s of work: at the end no worker waits for long, and the way to a worker takes under 1 ms."""
+_JOBS_A_WORKER = 4
+
+
+class Position(BaseModel):
+    """How far the input is read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: int = 0
+    """Files that are done."""
+    parts: int = 0
+    """Of the next file."""
+    parts_crc32: int = 0
+    files_sha256: str = ""
+    """Of the names, sizes and times of the files that are done, one after another."""
+    bytes_before: int = 0
+    """Of the files that are done."""
+    bytes_read: int = 0
+    binary_files: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parts, and the position after them."""
+
+    parts: tuple[Part, ...]
+    position: Position
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of some pieces, one after another. fingerprint: of the document, None where it has begun before."""
+
+    tokens: Tokens
+    lengths: list[int]
+    fingerprints: list[int | None]
+    last: list[bool]
+    empty: int
+    replaced: int
+    digests: list[bytes]
+    """Of each piece; none where duplicates stay."""
+    minima: list[dedup.Minima]
+    """Of each piece; none where near duplicates stay."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a worker does to a job."""
+
+    tokenizer: Tokenizer
+    text_key: str
+    exact: bool = False
+    near: bool = False
+
+    def __call__(self, parts: tuple[Part, ...]) -> Encoded:
+        tokens: list[Tokens] = []
+        fingerprints: list[int | None] = []
+        lasts: list[bool] = []
+        digests: list[bytes] = []
+        minima: list[dedup.Minima] = []
+        empty = replaced = 0
+        for part in parts:
+            for piece in documents.pieces(part, self.text_key):
+                if piece.first and piece.last and not piece.text.strip():
+                    empty += 1
+                    continue
+                replaced += piece.replaced
+                tokens.append(self.tokenizer.encode(piece.text))
+                fingerprints.append(int.from_bytes(digest(piece.data, 8), "big") if piece.first else None)
+                lasts.append(piece.last)
+                if self.exact:
+                    digests.append(digest(piece.data))
+                if self.near:
+                    minima.append(dedup.minima(piece.text))
+        joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.uint16)
+        return Encoded(joined, [len(ids) for ids in tokens], fingerprints, lasts, empty, replaced, digests, minima)
+
+
+def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator[Job]:
+    """The parts of all files from a position on, in packs of about _JOB_BYTES.
+
+    Raises:
+        UsageError: what stands before the position has changed since.
+    """
+    _check_files(files, start)
+    pack: list[Part] = []
+    size = 0
+    sha256, bytes_before, binary_files = start.files_sha256, start.bytes_before, start.binary_files
+    for number in range(start.file, len(files)):
+        reader = Reader(files[number : number + 1], text_key)
+        skipped = start.parts if number == start.file else 0
+        parts = crc32 = 0
+        for part in reader:
+            parts += 1
+            crc32 = zlib.crc32(part.data, crc32)
+            if parts <= skipped:
+                if parts == skipped and crc32 != start.parts_crc32:
+                    raise _changed(files[number])
+                continue
+            pack.append(part)
+            size += len(part.data)
+            if size >= _JOB_BYTES:
+                yield Job(
+                    tuple(pack),
+                    Position(
+                        file=number, parts=parts, parts_crc32=crc32, files_sha256=sha256, bytes_before=bytes_before,
+                        bytes_read=bytes_before + reader.bytes_read, binary_files=binary_files,
+                    ),
+                )  # fmt: skip
+                pack, size = [], 0
+        if parts < skipped:
+            raise _changed(files[number])
+        sha256 = _stamp(sha256, files[number])
+        bytes_before += reader.total_bytes
+        binary_files += reader.binary_files
+    yield Job(
+        tuple(pack),
+        Position(
+            file=len(files), files_sha256=sha256, bytes_before=bytes_before, bytes_read=bytes_before,
+            binary_files=binary_files,
+        ),
+    )  # fmt: skip
+
+
+def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[tuple[Encoded, Position], None, None]:
+    """The results of all jobs, in the order of the jobs, each with the position after it."""
+    if workers == 1:
+        for job in packs:
+            yield encoder(job.parts), job.position
+        return
+    # Spawned, not forked: the tokenizer's and the progress display's threads would not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+    pending: deque[tuple[Future[Encoded], Position]] = deque()
+    try:
+        for job in packs:
+            pending.append((pool.submit(_encode, job.parts), job.position))
+            if len(pending) > _JOBS_A_WORKER * workers:
+                future, position = pending.popleft()
+                yield future.result(), position
+        while pending:
+            future, position = pending.popleft()
+            yield future.result(), position
+    except BrokenProcessPool:
+        raise DataError("a worker was killed, most often for want of memory; use fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: Encoder
+"""Of this process, where it is a worker."""
+
+
+def _start_worker(encoder: Encoder) -> None:
+    """Ctrl-C is for the main process, which ends the workers; the tokenizer comes once, not with each job."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = encoder
+
+
+def _encode(parts: tuple[Part, ...]) -> Encoded:
+    return _worker(parts)
+
+
+def digest(data: bytes, size: int = dedup.DIGEST_BYTES) -> bytes:
+    """BLAKE2b of some bytes."""
+    return hashlib.blake2b(data, digest_size=size).digest()
+
+
+def _check_files(files: Sequence[InputFile], start: Position) -> None:
+    sha256 = ""
+    for file in files[: start.file]:
+        sha256 = _stamp(sha256, file)
+    if len(files) < start.file or sha256 != start.files_sha256:
+        raise _changed(None)
+
+
+def _stamp(before: str, file: InputFile) -> str:
+    """A checksum of a file's name, size and version, and of the files before it."""
+    return hashlib.sha256(f"{before}\0{file.name}\0{file.size}\0{file.version}".encode()).hexdigest()
+
+
+def _changed(file: InputFile | None) -> UsageError:
+    what = file.name if file else "--input: a file"
+    return UsageError(
+        f"{what} has changed that the unfinished build had read; put it back, or drop that build with --restart"
+    )

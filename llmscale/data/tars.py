@@ -1,0 +1,95 @@
+"""The samples of a webdataset shard that holds text: members that follow on each other and share a key.
+
+A sample's text is its .txt, or the value of a key in its .json; other members are passed over. The tar is read from
+front to back, once. Links, names that leave their folder and sizes that no text has are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from llmscale.errors import DataError
+
+MOST_BYTES = 1 << 30
+"""The longest document that is taken: a tar header may claim any size."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """data: the text in UTF-8, as good as it was. end: where in the tar the sample's last member ends."""
+
+    key: str
+    data: bytes
+    end: int
+
+
+def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
+    """The samples of a tar, named so in messages.
+
+    Raises:
+        DataError: it is damaged, has members that no honest shard has, or a sample without text.
+    """
+    key: str | None = None
+    data: bytes | None = None
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 18) as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                _refuse(name, member)
+                folder, _, own = member.name.removeprefix("./").rpartition("/")
+                stem, _, ending = own.partition(".")
+                here = f"{folder}/{stem}" if folder else stem
+                if key is not None and here != key:
+                    yield _sample(name, key, data, end)
+                    data = None
+                key = here
+                found = _text(name, tar, member, ending.lower(), text_key)
+                data = found if data is None else data
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{name}: not a whole tar file ({error}); copy it again") from None
+    if key is not None:
+        yield _sample(name, key, data, end)
+
+
+def _sample(name: str, key: str, data: bytes | None, end: int) -> Sample:
+    if data is None:
+        raise DataError(f"{name}: sample {key!r} has no .txt and no .json with the text; see --text-key")
+    return Sample(key, data, end)
+
+
+def _refuse(name: str, member: tarfile.TarInfo) -> None:
+    """Members that no honest shard has."""
+    if not member.isfile():
+        raise DataError(f"{name}: member {member.name!r} is a link or a device; a shard holds files only")
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise DataError(f"{name}: member {member.name!r} leaves its folder; pack the shard again")
+    if member.size > MOST_BYTES:
+        raise DataError(
+            f"{name}: member {member.name!r} says it has {member.size} bytes; at most {MOST_BYTES} are taken"
+        )
+
+
+def _text(name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, text_key: str) -> bytes | None:
+    """The text that a member holds, if that is what it is for."""
+    if ending not in ("txt", "json"):
+        return None
+    file = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise DataError(f"{name}: member {member.name!r} is cut short; copy the shard again")
+    if ending == "txt":
+        return data
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: member {member.name!r} is not JSON ({error}); mend or remove it") from None
+    text = found.get(text_key) if isinstance(found, dict) else None
+    # JSON may escape half a surrogate pair, which no UTF-8 can hold.
+    return text.encode("utf-8", "replace") if isinstance(text, str) else None

@@ -1,0 +1,103 @@
+"""Which files an input names: on this machine, and in a real S3-compatible store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from llmscale.data.documents import Reader, pieces
+from llmscale.data.inputs import InputFile, find
+from llmscale.errors import DataError, UsageError
+
+
+def names(files: list[InputFile], root: str) -> list[str]:
+    return [file.name.removeprefix(root).lstrip("/") for file in files]
+
+
+def test_folders_are_read_in_order_of_path_and_each_file_once(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/1.txt", "a.txt", ".hidden/x.txt", "__pycache__/y.txt", "b/.z.txt", "c.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nothing")
+    root = str(tmp_path)
+    found = find([str(tmp_path / "b/2.txt"), root, str(tmp_path / "*.md")])
+    assert names(found, root) == ["b/2.txt", "a.txt", "b/1.txt", "c.md"]
+    assert [file.size for file in found] == [7, 5, 7, 4]
+    assert names(find([root], [".md"]), root) == ["c.md"]
+    assert names(find([str(tmp_path / "[ab]**/*.txt")]), root) == ["b/1.txt", "b/2.txt"]
+    assert names(find([str(tmp_path / "*.txt")]), root) == ["a.txt"]
+
+
+def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (before,) = find([str(tmp_path)])
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    (after,) = find([str(tmp_path)])
+    assert before.version != after.version
+
+
+def test_input_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--input .*nothing.*: matches no file"):
+        find([str(tmp_path / "nothing*")])
+    with pytest.raises(UsageError, match=r"holds no file; give"):
+        find([str(tmp_path)])
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match=r"holds no file with suffix \.py"):
+        find([str(tmp_path)], [".py"])
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of an S3-compatible server on the loopback."""
+    patch = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):  # fmt: skip
+        patch.setenv(name, value)
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    system.mkdir("texts")
+    for name, data in (
+        ("web/b/2.txt", b"two"), ("web/b/1.txt", b"one"), ("web/a.jsonl", b'{"text": "line"}\n'), ("web/.x.txt", b""),
+        ("web/__pycache__/y.txt", b""), ("other.txt", b"other"),
+    ):  # fmt: skip
+        system.pipe_file(f"texts/{name}", data)
+    yield "s3://texts"
+    patch.undo()
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_store_is_listed_like_a_folder(bucket: str) -> None:
+    assert names(find([f"{bucket}/web"]), bucket) == ["web/a.jsonl", "web/b/1.txt", "web/b/2.txt"]
+    assert names(find([f"{bucket}/web/"], [".txt"]), bucket) == ["web/b/1.txt", "web/b/2.txt"]
+    assert names(find([f"{bucket}/web/b/*.txt", f"{bucket}/web/b/2.txt"]), bucket) == ["web/b/1.txt", "web/b/2.txt"]
+    (file,) = find([f"{bucket}/other.txt"])
+    assert (file.size, file.path) == (5, None)
+    assert file.version
+
+
+def test_documents_are_read_from_a_store(bucket: str) -> None:
+    reader = Reader(find([f"{bucket}/web"]))
+    assert [piece.text for part in reader for piece in pieces(part, "text")] == ["line", "one", "two"]
+    assert reader.bytes_read == reader.total_bytes == 17 + 3 + 3
+
+
+def test_what_a_store_does_not_have_is_named(bucket: str, tmp_path: Path) -> None:
+    for name in ("gone.txt", "gone/*.txt"):
+        with pytest.raises(UsageError, match=rf"--input {bucket}/gone.*: matches no file"):
+            find([f"{bucket}/{name}"])
+    with pytest.raises((DataError, UsageError), match=r"--input nosuch://x/y: |nosuch://x/y: cannot be read"):
+        find(["nosuch://x/y"])
+    (tmp_path / "a.txt").write_text("a")
+    assert names(find([f"file://{tmp_path}/a.txt"]), f"file://{tmp_path}") == ["a.txt"]

@@ -1,0 +1,188 @@
+"""A build that is killed goes on, and nobody can tell from the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmscale.data import journal
+from llmscale.data.build import Progress, build
+from llmscale.data.verify import verify
+from llmscale.errors import DataError, UsageError
+from tests.unit.data.conftest import content, sentence
+
+KILLED_AT_EVERY_TURN = """
+import json, os, random, signal, sys
+from pathlib import Path
+from llmscale.data import documents, encode
+from llmscale.data import build as module
+from llmscale.data.build import build
+from llmscale.errors import UsageError
+
+encode._JOB_BYTES, module.SAMPLE_TOKENS, documents.PIECE_BYTES = 1 << 12, 1024, 1 << 12
+arguments, options, turns = json.loads(sys.argv[1])
+rng = random.Random(turns)
+kills = resumed = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        left = rng.randrange(1, turns)
+        for name in ("fsync", "rename", "replace", "unlink"):
+            def killed(*args, real=getattr(os, name), **kwargs):
+                global left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+            setattr(os, name, killed)
+        try:
+            summary = build([arguments[0]], Path(arguments[1]), arguments[2], **options)
+        except UsageError as error:  # killed when everything was in its place
+            assert "is not empty" in str(error)
+            os._exit(10)
+        os._exit(10 if summary.resumed_documents else 0)
+    rng.random()
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        print(json.dumps([kills, os.WEXITSTATUS(status)]))
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    kills += 1
+    assert kills < 60
+"""
+
+
+def written(folder: Path) -> Path:
+    """Rows enough for many small shards, with copies near and far, and one of several pieces."""
+    path = folder / "in/rows.jsonl"
+    path.parent.mkdir()
+    rows = [sentence(number) * (1 + number % 6) for number in range(300)]
+    rows += [rows[7], rows[250] + " and a little more", rows[8], *map(sentence, range(900, 990))]
+    rows.insert(250, "a long row\n" * 3_000)
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a few documents, several samples a shard, and pieces of a few KiB."""
+    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 1 << 12)
+    monkeypatch.setattr("llmscale.data.build.SAMPLE_TOKENS", 1024)
+    monkeypatch.setattr("llmscale.data.documents.PIECE_BYTES", 1 << 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({"shard_bytes": 1 << 13, "validation_fraction": 0.2}, 40),
+        ({"shard_bytes": 1 << 13, "validation_fraction": 0.2, "dedup": "near"}, 60),
+    ],
+)
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(
+    tokenizer_json: Path, tmp_path: Path, small: None, options: dict[str, object], turns: int
+) -> None:
+    rows = written(tmp_path)
+    build([str(rows)], tokenizer_json, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    arguments = [[str(rows), str(tokenizer_json), str(tmp_path / "out")], options, turns]
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_TURN, json.dumps(arguments)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    kills, code = json.loads(result.stdout)
+    assert (kills > 3, code) == (True, 10), result.stderr
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_finished_shards_are_not_made_again_by_any_number_of_workers(tokenizer_json: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "endless.txt"
+    os.mkfifo(pipe)  # the build waits for ever when it comes to it
+    (tmp_path / "a.txt").write_text("the stream\n" * 300_000)
+    out = tmp_path / "out"
+    program = (
+        "from pathlib import Path; from llmscale.data.build import build;"
+        f"build([{str(tmp_path / 'a.txt')!r}, {str(pipe)!r}], Path({str(tokenizer_json)!r}), Path({str(out)!r}),"
+        " shard_bytes=1 << 16, report=lambda progress: print(progress.tokens, flush=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    while int(process.stdout.readline()) < 1 << 16:
+        pass
+    with pytest.raises(UsageError, match="another build is writing it"):
+        build([str(tmp_path / "a.txt")], tokenizer_json, out)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    pipe.unlink()
+    pipe.write_text("the end\n")
+    saved = journal.Journal.model_validate_json((tmp_path / "out.partial/journal.json").read_bytes())
+    shards = list((tmp_path / "out.partial/dataset/train").glob("*.tar"))
+    before = {path.name: path.stat().st_ino for path in shards}
+    assert len(before) > 2
+    seen: list[Progress] = []
+    build([str(tmp_path / "a.txt"), str(pipe)], tokenizer_json, out, shard_bytes=1 << 16, workers=2, report=seen.append)
+    assert seen[0].tokens >= 1 << 16
+    kept = range(saved.writers["train"].shards)
+    assert all((out / f"train/shard-{n:05d}.tar").stat().st_ino == before[f"shard-{n:05d}.tar"] for n in kept)
+    build([str(tmp_path / "a.txt"), str(pipe)], tokenizer_json, tmp_path / "whole", shard_bytes=1 << 16)
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.fixture
+def stopped(corpus: Path, tokenizer_json: Path, tmp_path: Path, small: None) -> Path:
+    """The output of a build that a bad line has stopped."""
+    (corpus / "z.jsonl").write_text('{"text": "good"}\n{"text": bad}\n')
+    with pytest.raises(DataError, match=r"z\.jsonl:2: not a line of JSON .*; what was built is kept: the same command"):
+        build([str(corpus)], tokenizer_json, tmp_path / "out", shard_bytes=8192)
+    return tmp_path / "out"
+
+
+def test_a_bad_line_can_be_mended(corpus: Path, tokenizer_json: Path, tmp_path: Path, stopped: Path) -> None:
+    (corpus / "z.jsonl").write_text('{"text": "good"}\n{"text": "good as well"}\n')
+    build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
+    build([str(corpus)], tokenizer_json, tmp_path / "whole", shard_bytes=8192)
+    assert content(stopped) == content(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_was_read_must_not_have_changed(corpus: Path, tokenizer_json: Path, tmp_path: Path, small: None) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
+    rows.write_text(good + "bad\n")
+    inputs, out = [str(corpus), str(rows)], tmp_path / "out"
+    with pytest.raises(DataError, match=r"rows\.jsonl:100: not a line"):
+        build(inputs, tokenizer_json, out, shard_bytes=4096)
+    rows.write_text(good.replace("Document 3:", "Document 4:"))
+    with pytest.raises(UsageError, match=r"rows\.jsonl has changed .* put it back, or .* --restart"):
+        build(inputs, tokenizer_json, out, shard_bytes=4096)
+    rows.write_text(good)
+    next(corpus.rglob("*.txt")).write_text("something else")
+    with pytest.raises(UsageError, match=r"--input: a file has changed that the unfinished build had read"):
+        build(inputs, tokenizer_json, out, shard_bytes=4096)
+    summary = build(inputs, tokenizer_json, out, shard_bytes=4096, restart=True)
+    assert summary.resumed_documents == 0
+    assert verify(out) == []
+
+
+def test_other_options_are_refused_and_the_unfinished_build_stays(
+    corpus: Path, tokenizer_json: Path, stopped: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"with --shard-size 8192 is there, and now --shard-size is 4096; .*--restart"):
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=4096)
+    with pytest.raises(UsageError, match=r"--dedup none is there, and now --dedup is near 0\.8"):
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192, dedup="near")
+    assert stopped.with_name("out.partial").is_dir()
+
+
+@pytest.mark.parametrize("name", ["journal.json", "dataset/train/index.json.partial", "dataset/train/shard-*.partial"])
+def test_a_damaged_unfinished_build_says_so(corpus: Path, tokenizer_json: Path, stopped: Path, name: str) -> None:
+    path = next(stopped.with_name("out.partial").glob(name))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"out\.partial.*; .*--restart"):
+        build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
