@@ -10,6 +10,7 @@ hence each token comes about from one pair, and a token whose text alone does no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T", str, bytes)
@@ -28,7 +29,7 @@ def _last_pair(symbols: tuple[T, ...], rank: Mapping[T, float]) -> tuple[T, T] |
     """The two that are left before the last merge; None where the merges end before."""
     parts = list(symbols)
     never = float("inf")
-    ranks = [rank.get(left + right, never) for left, right in zip(parts, parts[1:], strict=False)]
+    ranks = [rank.get(left + right, never) for left, right in pairwise(parts)]
     while len(parts) > 2:
         best = min(ranks)
         if best == never:

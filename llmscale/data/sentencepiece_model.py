@@ -36,7 +36,7 @@ def convert(name: str, content: bytes) -> str:
     """The text of a tokenizer.json that gives sentencepiece's ids.
 
     Raises:
-        UsageError: a package is missing, or the model is of a kind that has no tokenizer.json. DataError: it is damaged.
+        UsageError: a package is missing, or the kind of model has no tokenizer.json. DataError: it is damaged.
     """
     model = _parse(name, content)
     kind = model.trainer_spec.model_type

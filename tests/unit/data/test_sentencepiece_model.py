@@ -21,15 +21,31 @@ ROWS = [
     for n in range(400)
 ]
 NASTY = [
-    "", " ", "   ", "\n", "a  b   c ", "  the stream", "the stream  ", "x\ny\n\nz\t", "\u2581", " \u2581 \u2581the", "aaaaaaa aaaaa",
-    "<s></s><unk><0x0A>", "①\u0301 ﬁ ｆｕｌｌ e\u0301", "日本語 本日 語語", "👩‍👩‍👧 \ufeff\ufffd\u00a0", "über\r\nGröße", "\u3000\u2003x", "<sep>the<sep> a",
-]  # fmt: skip
+    "",
+    " ",
+    "   ",
+    "\n",
+    "a  b   c ",
+    "  the stream",
+    "the stream  ",
+    "x\ny\n\nz\t",
+    "\u2581",
+    " \u2581 \u2581the",
+    "aaaaaaa aaaaa",
+    "<s></s><unk><0x0A>",
+    "①\u0301 ﬁ ｆｕｌｌ e\u0301",
+    "日本語 本日 語語",
+    "👩‍👩‍👧 \ufeff\ufffd\u00a0",
+    "über\r\nGröße",
+    "\u3000\u2003x",
+    "<sep>the<sep> a",
+]
 KINDS = {
     "llama": ("bpe", {"normalization_rule_name": "identity", "byte_fallback": True, "remove_extra_whitespaces": False}),
     "plain": ("bpe", {"normalization_rule_name": "identity"}),
     "no_prefix": ("bpe", {"normalization_rule_name": "identity", "add_dummy_prefix": False, "byte_fallback": True}),
-    "split": ("bpe", {"normalization_rule_name": "identity", "split_by_whitespace": False, "allow_whitespace_only_pieces": True,
-                      "remove_extra_whitespaces": False}),
+    "split": ("bpe", {"normalization_rule_name": "identity", "split_by_whitespace": False,
+                      "allow_whitespace_only_pieces": True, "remove_extra_whitespaces": False}),
     "usual": ("bpe", {}),
     "own": ("bpe", {"normalization_rule_name": "identity", "user_defined_symbols": ["<sep>", "  "]}),
     "unigram": ("unigram", {}),
