@@ -19,6 +19,7 @@ from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress, Summary
+    from llmscale.data.text_shards import TextCard
 
 _LINE_SECONDS = 10.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -230,13 +231,13 @@ def build(
 
 
 @command.command("inspect")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("place", metavar="FOLDER|URL")
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the document lengths.")
 @_json
-def inspect(folder: Path, documents: int, plot: Path | None, as_json: bool) -> None:
+def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> None:
     """Show totals, document lengths and some documents of a dataset.
 
     \b
@@ -244,18 +245,29 @@ def inspect(folder: Path, documents: int, plot: Path | None, as_json: bool) -> N
       llmscale data inspect data/corpus --plot lengths.png
     """
     from llmscale.data.inspect import describe, histogram, plot_histogram
+    from llmscale.data.text_shards import TextSplit, is_text
 
-    found = describe(folder, documents)
+    if is_text(Path(place)):
+        described = TextSplit(Path(place))
+        if as_json:
+            click.echo(json.dumps([{"folder": place, **described.card.model_dump()}]))
+            return
+        click.echo(_described(place, described.card))
+        for number, document in enumerate(described.texts(0)[:documents], 1):
+            click.echo(f"  document {number}, from its beginning:")
+            click.echo("\n".join(f"    | {line}" for line in document[:400].splitlines()))
+        return
+    found = describe(place, documents)
     if plot:
         plot_histogram(found, plot)
     if as_json:
-        rows = [{"folder": str(one.folder), **one.card.model_dump(), "examples": one.documents} for one in found]
+        rows = [{"folder": one.place, **one.card.model_dump(), "examples": one.documents} for one in found]
         click.echo(json.dumps(rows))
         return
     for one in found:
         card = one.card
         mean = card.tokens / card.documents if card.documents else 0
-        click.echo(f"{one.folder}")
+        click.echo(one.place)
         click.echo(
             f"  {card.documents:,} documents, {card.tokens:,} tokens ({card.dtype}, vocabulary {card.vocab_size:,})"
         )
@@ -274,11 +286,12 @@ def inspect(folder: Path, documents: int, plot: Path | None, as_json: bool) -> N
 
 
 @command.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("place", metavar="FOLDER|URL")
 @_json
 @click.pass_context
-def verify(context: click.Context, folder: Path, as_json: bool) -> None:
-    """Check every checksum, offset and token id of a dataset; exit code 1 if something is broken.
+def verify(context: click.Context, place: str, as_json: bool) -> None:
+    """Check every checksum, offset and token id of a dataset, or the text that a description speaks of; exit code 1 if
+    something is broken.
 
     \b
     Example:
@@ -295,13 +308,13 @@ def verify(context: click.Context, folder: Path, as_json: bool) -> None:
             checked = total
             report(Progress(total, done))
 
-        problems = run(folder, show)
+        problems = run(place, show)
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "whole": not problems, "bytes": checked, "problems": problems}))
+        click.echo(json.dumps({"folder": place, "whole": not problems, "bytes": checked, "problems": problems}))
         context.exit(1 if problems else 0)
     if problems:
         raise DataError("\n".join(problems))
-    click.echo(f"{folder}: whole, {_bytes(checked)} checked")
+    click.echo(f"{place}: whole, {_bytes(checked)} checked")
 
 
 @command.command("describe")
@@ -356,12 +369,16 @@ def describe(
     if as_json:
         click.echo(json.dumps({"output": str(output), **card.model_dump()}))
         return
-    click.echo(
-        f"{output}: {card.documents:,} documents in {card.shards:,} shard(s), {_bytes(card.bytes)}, "
-        f"read in {card.streams} logical stream(s)"
-    )
+    click.echo(_described(str(output), card))
     if card.streams < streams:
         click.echo(f"  {streams} streams were asked for, and the text has {card.pieces} piece(s): one a stream")
+
+
+def _described(place: str, card: TextCard) -> str:
+    return (
+        f"{place}: text, {card.documents:,} documents in {card.shards:,} shard(s), {_bytes(card.bytes)}, "
+        f"read in {card.streams} logical stream(s)"
+    )
 
 
 def _cpus() -> int:

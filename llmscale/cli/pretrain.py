@@ -31,7 +31,7 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
         quiet_imports()
         from llmscale.training.run import prepare, pretrain
 
-        pretrain(prepare(loaded, config, launch.world_size), launch)
+        pretrain(prepare(loaded, config, launch.world_size, launch.local_world_size), launch)
     except LlmscaleError as error:
         # Every rank finds the same: one of them says it.
         error.quiet = error.everywhere and launch.rank > 0

@@ -102,7 +102,8 @@ class DataSource(Section):
 
     path: str = Field(
         min_length=1,
-        description="Folder that `llmscale data build` wrote, or `llmscale data describe` for text.",
+        description="What `llmscale data build` wrote, or `llmscale data describe` for text: a folder, any fsspec URL "
+        "(s3://bucket/train, hf://…), or `pipe:` and a command with {name} for the file's name.",
         examples=["data/train"],
     )
     weight: Float = Field(1.0, gt=0.0, description="Share of the sequences, relative to the other sources.")
@@ -129,6 +130,25 @@ class Data(Section):
         description="Keep attention inside a document, and count positions from its first token. "
         "The first token of the next document stays a label.",
     )
+    shuffle_window: Int = Field(
+        4096,
+        ge=1,
+        description="Samples of 2^18 tokens that are shuffled together; remote data needs two windows in the cache.",
+    )
+    cache: str | None = Field(
+        None, description="Folder on each node for remote data; one below $TMPDIR when null. Ranks share it."
+    )
+    cache_gib: Float = Field(16.0, gt=0.0, description="Most that the cache takes, in GiB.")
+    workers: Int = Field(2, ge=1, description="Threads of each rank that tokenise text shards.")
+    verify: Literal["first", "never"] = Field(
+        "first", description="Compare each sample with its checksum when a rank first reads of it, or never."
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop: a broken sample ends the run. skip: it is replaced by others of its window, the same on "
+        "every rank, counted in the metrics, and written to OUTPUT_DIR/skipped.jsonl.",
+    )
+    max_skipped: Float = Field(0.001, ge=0.0, le=1.0, description="Share of a source that may be skipped; one always.")
 
 
 class Parallel(Section):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmscale.data.cache import Cache
 from llmscale.data.durable import partial
 from llmscale.data.shards import Card
 from llmscale.data.split import Split, splits
+from llmscale.data.store import is_remote
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
@@ -21,14 +23,18 @@ _COLOUR, _GREY = "#2563a8", "#6b7280"
 class Description:
     """What a split holds. documents: some of them decoded, shortened to their first characters."""
 
-    folder: Path
+    place: str
     card: Card
     documents: list[str]
 
 
-def describe(folder: Path, documents: int = 3) -> list[Description]:
-    """Describe a split, or all splits of a dataset. documents: how many to decode, from samples spread evenly."""
-    return [Description(one, (split := Split(one)).card, _documents(split, documents)) for one in splits(folder)]
+def describe(place: Path | str, documents: int = 3, cache: Cache | None = None) -> list[Description]:
+    """Describe a split, or all splits of a dataset.
+
+    place: a folder, or the URL of a split. documents: how many to decode, from samples spread evenly.
+    """
+    opened = [Split(one, cache) for one in ([place] if is_remote(place) else splits(Path(place)))]
+    return [Description(split.place, split.card, _documents(split, documents)) for split in opened]
 
 
 def histogram(card: Card) -> list[str]:
@@ -65,7 +71,7 @@ def plot_histogram(found: Sequence[Description], output: Path) -> None:
         for axes, one in zip(figures, found, strict=True):
             card = one.card
             axes.bar(range(len(card.document_lengths)), card.document_lengths, 0.9, align="edge", color=_COLOUR)
-            axes.set_title(f"{one.folder.name}: {card.documents:,} documents, {card.tokens:,} tokens", loc="left")
+            axes.set_title(f"{Path(one.place).name}: {card.documents:,} documents, {card.tokens:,} tokens", loc="left")
             axes.set_ylabel("documents")
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.get_major_locator().set_params(integer=True)

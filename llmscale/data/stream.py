@@ -10,7 +10,6 @@ at the end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from llmscale.data.quarantine import OnError
 from llmscale.data.source import Integers, Source
 from llmscale.data.split import Split
 from llmscale.data.store import is_remote
-from llmscale.data.text_shards import TEXT_FORMAT, TextSplit
+from llmscale.data.text_shards import TextSplit, is_text
 from llmscale.data.text_source import TextSource
 from llmscale.data.token_source import SHUFFLE_WINDOW, TokenSource
 from llmscale.errors import DataError, UsageError
@@ -227,7 +226,7 @@ def open_source(
     place: str, sequence_length: int, seed: int, open_shards: int, cache: Cache | None, reading: Reading
 ) -> Source:
     """The source that the card.json there says it is."""
-    if not is_remote(place) and _format(Path(place)) == TEXT_FORMAT:
+    if not is_remote(place) and is_text(Path(place)):
         return TextSource(
             TextSplit(Path(place)),
             sequence_length,
@@ -249,11 +248,3 @@ def open_source(
         max_skipped=reading.max_skipped,
         report=reading.report,
     )
-
-
-def _format(path: Path) -> str | None:
-    try:
-        card = json.loads((path / "card.json").read_bytes())
-    except (OSError, ValueError):
-        return None  # Split says what is wrong with it.
-    return card.get("format") if isinstance(card, dict) else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import tarfile
 import zlib
@@ -75,6 +76,15 @@ class TextIndex(Record):
     """Where everything stands: index.json."""
 
     shards: list[TextShard]
+
+
+def is_text(folder: Path) -> bool:
+    """Whether a folder says that it describes text."""
+    try:
+        card = json.loads((folder / "card.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(card, dict) and card.get("format") == TEXT_FORMAT
 
 
 class TextSplit:

@@ -115,7 +115,7 @@ class TextSource:
 
     def counters(self) -> dict[str, float]:
         """What was left out."""
-        return {"skipped_pieces": len(self._skipped)}
+        return {"skipped_samples": len(self._skipped)}
 
     def close(self) -> None:
         """End the threads."""

@@ -15,6 +15,7 @@ from llmscale.data.cache import Cache
 from llmscale.data.shards import REBUILD, Shard, checksum, sample_key
 from llmscale.data.split import Split, parse_sample, splits
 from llmscale.data.store import is_remote
+from llmscale.data.text_shards import TextSplit, is_text
 from llmscale.errors import DataError
 
 
@@ -26,6 +27,8 @@ def verify(
     place: a folder, or the URL of a split (`store.py`), whose shards go through the cache one after another.
     report: called with (bytes checked, bytes in all) after each shard.
     """
+    if not is_remote(place) and is_text(Path(place)):
+        return _text(TextSplit(Path(place)), report)
     problems: list[str] = []
     opened = []
     for one in splits(Path(place)) if not is_remote(place) else [place]:
@@ -44,6 +47,19 @@ def verify(
             done += shard.bytes
             report(done, total)
     return problems
+
+
+def _text(split: TextSplit, report: Callable[[int, int], None]) -> list[str]:
+    """All pieces of text shards that are not what was described."""
+    problems, done = [], 0
+    for number, (_, piece) in enumerate(split.pieces):
+        try:
+            split.texts(number)
+        except DataError as error:
+            problems.append(str(error))
+        done += piece.bytes
+        report(done, split.card.bytes)
+    return list(dict.fromkeys(problems))
 
 
 def _totals(split: Split) -> Iterator[str]:

@@ -20,7 +20,7 @@ from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
 from llmscale.config.schema import DataSource, RunConfig
 from llmscale.data.loader import Loader
-from llmscale.data.stream import Stream
+from llmscale.data.stream import Reading, Stream
 from llmscale.distributed import cpu
 from llmscale.distributed.groups import Groups, form_groups
 from llmscale.distributed.launch import Launch, device_of, start, stop
@@ -32,11 +32,12 @@ from llmscale.training import report, state
 from llmscale.training.batches import Batch, micro_batches
 from llmscale.training.engine import Engine, quiet_deepspeed
 from llmscale.training.learning_rate import learning_rate
-from llmscale.training.loop import Events, train
+from llmscale.training.loop import Events, StepResult, StepTimes, train
 from llmscale.training.metrics import Recorder
 from llmscale.training.optimizer import build_optimizer, moments
 from llmscale.training.sinks.wandb import check_available
 
+SKIPPED = "skipped.jsonl"
 PREFETCH = 2
 """Batches read ahead of the step that needs them."""
 
@@ -53,8 +54,10 @@ class Run:
     validation: Stream | None
 
 
-def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
-    """Settle what the config leaves open, and open the data. path: the config's file, which errors name.
+def prepare(config: RunConfig, path: Path, world_size: int, readers: int = 1) -> Run:
+    """Settle what the config leaves open, and open the data.
+
+    path: the config's file, which errors name. readers: processes of this node, which share a cache of remote data.
 
     Raises:
         ConfigError: the data's vocabulary does not fit the model.
@@ -62,10 +65,10 @@ def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
     """
     check_available(config)
     deepspeed = resolve(config, path.parent)
-    stream = _open(config, "train", path)
+    stream = _open(config, "train", path, readers)
     validation = None
     if config.data.validation and config.training.validation_interval:
-        validation = _open(config, "validation", path)
+        validation = _open(config, "validation", path, readers)
     vocab_size = config.model.vocab_size
     for part in (stream, validation):
         if part is not None and vocab_size is not None and part.vocab_size > vocab_size:
@@ -79,10 +82,22 @@ def prepare(config: RunConfig, path: Path, world_size: int) -> Run:
     return Run(config, layout, families()[model.family], deepspeed, stream, validation)
 
 
-def _open(config: RunConfig, key: Literal["train", "validation"], path: Path) -> Stream:
+def _open(config: RunConfig, key: Literal["train", "validation"], path: Path, readers: int) -> Stream:
     """The stream of the sources under data.<key>."""
     sources: tuple[DataSource, ...] = getattr(config.data, key)
-    stream = Stream([(s.path, s.weight) for s in sources], config.data.sequence_length, config.run.seed)
+    data = config.data
+    reading = Reading(
+        shuffle_window=data.shuffle_window,
+        verify=data.verify,
+        on_error=data.on_error,
+        max_skipped=data.max_skipped,
+        report=Path(config.run.output_dir) / SKIPPED,
+        cache=Path(data.cache) if data.cache else None,
+        cache_bytes=int(data.cache_gib * 2**30),
+        readers=readers,
+        workers=data.workers,
+    )
+    stream = Stream([(s.path, s.weight) for s in sources], data.sequence_length, config.run.seed, reading)
     problems = [
         Problem(f"data.{key}[{number}].format", f"is {source.format}, and {source.path} holds {found}", f"use {found}")
         for number, (source, found) in enumerate(zip(sources, stream.formats, strict=True))
@@ -169,7 +184,11 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     ahead = stack.enter_context(loader(run.train, seen.sequences, config.training.steps - seen.steps))
     if config.training.steps == 0 and config.checkpoint.interval and checkpoint is None:
         write(0)
-    events = Events(step=recorder.step, validation=recorder.validation, save=write)
+
+    def step(number: int, result: StepResult, rate: float, times: StepTimes) -> None:
+        recorder.step(number, result, rate, times, _data_counters(run.train, config.data.on_error == "skip"))
+
+    events = Events(step=step, validation=recorder.validation, save=write)
     validate = partial(validation, run.validation) if run.validation else None
     train(engine, ahead, validate, rate, config, seen.steps, events)
 
@@ -199,6 +218,20 @@ def _of_all_ranks(stream: Stream, own: dict[str, Any]) -> dict[str, Any]:
     states: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(states, own)
     return stream.merge(states)
+
+
+def _data_counters(stream: Stream, skips: bool) -> dict[str, float]:
+    """What the rows of metrics say of the data: what was left out, of all ranks, and what this rank fetched."""
+    own = stream.counters()
+    fetched = {name: value for name, value in own.items() if not name.startswith(("skipped_", "replaced_"))}
+    row = {f"data_{name}": value for name, value in fetched.items()} if fetched.get("requests") else {}
+    if skips:
+        # Ranks meet the same broken samples, each its own share of the sequences that they cost.
+        counts = torch.tensor([own.get("skipped_samples", 0), own.get("replaced_sequences", 0)], dtype=torch.float64)
+        counts = counts.to(torch.cuda.current_device())
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+        row["data_skipped_samples"], row["data_replaced_sequences"] = counts.tolist()
+    return row
 
 
 def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:

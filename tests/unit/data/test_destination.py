@@ -17,6 +17,7 @@ import pytest
 from llmscale.data.build import build
 from llmscale.data.destination import destination
 from llmscale.errors import DataError, UsageError
+from tests.unit.data.conftest import content
 
 BUCKET = "corpora"
 SHARD_BYTES = 4096
@@ -48,11 +49,6 @@ def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     files.mkdir(BUCKET)
     yield files
     files.rm(BUCKET, recursive=True)
-
-
-def local_content(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def stored_content(files: Any, root: str) -> dict[str, str]:
@@ -94,7 +90,7 @@ def test_a_store_holds_what_a_folder_would(corpus: Path, tokenizer_json: Path, t
     build([str(corpus)], tokenizer_json, tmp_path / "out", **options)
     summary = build([str(corpus)], tokenizer_json, f"s3://{BUCKET}/a/b", staging=tmp_path / "staging", **options)
     assert summary.output == f"s3://{BUCKET}/a/b"
-    assert len(expected := local_content(tmp_path / "out")) > 10
+    assert len(expected := content(tmp_path / "out")) > 10
     assert stored_content(store, f"{BUCKET}/a/b") == expected
     assert not [path for path in (tmp_path / "staging").rglob("*") if path.is_file()]
 
@@ -102,7 +98,7 @@ def test_a_store_holds_what_a_folder_would(corpus: Path, tokenizer_json: Path, t
 def test_a_file_url_is_a_folder(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
     build([str(corpus)], tokenizer_json, tmp_path / "out")
     build([str(corpus)], tokenizer_json, f"file://{tmp_path}/by%20url")
-    assert local_content(tmp_path / "by url") == local_content(tmp_path / "out")
+    assert content(tmp_path / "by url") == content(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("name", "count"), [("shard", 4), ("card.json", 1), ("card.json", 2)])
@@ -124,7 +120,7 @@ def test_a_build_that_is_killed_while_it_uploads_shows_no_dataset_and_goes_on(
     if name.startswith("shard"):
         assert len(before) == count - 1
         assert not before & set(again.stdout.split())
-    assert stored_content(store, f"{BUCKET}/a") == local_content(tmp_path / "out")
+    assert stored_content(store, f"{BUCKET}/a") == content(tmp_path / "out")
     assert not [path for path in (tmp_path / "staging").rglob("*") if path.is_file()]
 
 
@@ -137,7 +133,7 @@ def test_what_lies_in_a_store_is_replaced_only_when_asked_and_only_when_a_build_
         build([str(corpus)], tokenizer_json, place, staging=tmp_path)
     build([str(corpus / "part0")], tokenizer_json, place, staging=tmp_path, overwrite=True, validation_fraction=0.0)
     build([str(corpus / "part0")], tokenizer_json, tmp_path / "out", validation_fraction=0.0)
-    assert stored_content(store, f"{BUCKET}/a") == local_content(tmp_path / "out")
+    assert stored_content(store, f"{BUCKET}/a") == content(tmp_path / "out")
     store.pipe(f"{BUCKET}/a/thesis.tex", b"years of work")
     with pytest.raises(UsageError, match=r"holds 'thesis.tex', which no build wrote"):
         build([str(corpus)], tokenizer_json, place, staging=tmp_path, overwrite=True)

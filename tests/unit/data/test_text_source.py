@@ -28,6 +28,7 @@ from llmscale.data.stream import Stream
 from llmscale.data.text_shards import TextSplit, describe
 from llmscale.data.text_source import WINDOW, TextSource
 from llmscale.data.tokenizer import Tokenizer
+from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 
 from .conftest import sentence
@@ -292,7 +293,7 @@ def test_a_broken_piece_is_left_out_for_everyone_and_written_down(
     for rank in (1, 0):
         sources[1].read(order[rank::2], order[rank::2], outs[1])
     assert np.array_equal(*outs)
-    assert sources[0].counters() == {"skipped_pieces": 1}
+    assert sources[0].counters() == {"skipped_samples": 1}
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     assert len(rows) == 2 and rows[0] == rows[1]
     assert rows[0]["shard"].endswith("part-2.tar") and "checksum differs" in rows[0]["reason"]
@@ -302,6 +303,17 @@ def test_a_broken_piece_is_left_out_for_everyone_and_written_down(
         third.read(order, order, outs[0])
     for source in (*sources, third):
         source.close()
+
+
+def test_verify_names_each_broken_shard(described: Described, shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    folder = described(source=copy)
+    assert verify(folder) == []
+    break_shard(copy / "part-1.tar", "flip")
+    break_shard(copy / "part-4.tar", "missing")
+    problems = verify(folder)
+    assert len(problems) == 2
+    assert "part-1.tar" in problems[0] and "part-4.tar" in problems[1]
 
 
 def test_a_shard_without_any_text_does_not_hang(tmp_path: Path, tokenizer_json: Path) -> None:
@@ -355,6 +367,9 @@ def test_the_command_describes_and_says_so(shards: Path, tokenizer_json: Path, t
     assert result.exit_code == 0, result.output
     assert "400 documents in 5 shard(s)" in result.output
     assert "9999 streams were asked for" in result.output
+    result = CliRunner().invoke(command, ["inspect", str(tmp_path / "text"), "--documents", "1"])
+    assert result.exit_code == 0 and "400 documents in 5 shard(s)" in result.output
+    assert "| Document 0: " in result.output
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").touch()
     result = CliRunner().invoke(command, [*arguments, str(tmp_path / "other")])
