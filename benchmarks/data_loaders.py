@@ -108,7 +108,9 @@ def write_litdata(folder: Path, tokens: np.ndarray, length: int, shard_rows: int
 def tensors_of(tokens: np.ndarray, length: int, _: int) -> Iterator[Any]:
     import torch
 
-    return (torch.from_numpy(row.copy()) for row in rows_of(tokens, length))
+    # litdata asks whether this is a generator function: a returned generator would be one item.
+    for row in rows_of(tokens, length):
+        yield torch.from_numpy(row.copy())
 
 
 def write_webdataset(ending: str) -> Callable[[Path, np.ndarray, int, int | None], None]:
@@ -224,7 +226,7 @@ def first_array(sample: dict[str, Any]) -> Any:
 class _NoTokenizer:
     """What GPTDataset asks of a tokenizer."""
 
-    eod, pad = 0, 0
+    eod, pad, vocab_size = 0, 0, VOCABULARY
     unique_identifiers: dict[str, str] = {"class": "none"}  # noqa: RUF012
 
 

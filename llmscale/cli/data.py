@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmscale.cli.progress import display
+from llmscale.data.tiktoken_file import PATTERNS
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ _suffixes = click.option(
     "--suffix", "suffixes", multiple=True, metavar=".EXT", help="Take only these files from folders; repeatable."
 )
 _text_key = click.option("--text-key", default="text", show_default=True, help="Key of the text in .jsonl lines.")
+_tokenizer = click.option(
+    "--tokenizer", type=click.Path(path_type=Path), required=True,
+    help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",
+)  # fmt: skip
+_pattern = click.option(
+    "--pattern", type=click.Choice(list(PATTERNS)),
+    help="How a tiktoken file's text is cut into words; by its name when not given.",
+)  # fmt: skip
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -127,7 +136,8 @@ def train_tokenizer(
 @_more
 @_suffixes
 @_text_key
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="tokenizer.json to use.")
+@_tokenizer
+@_pattern
 @click.option(
     "--output", required=True, metavar="FOLDER|URL", help="What to make, s3://… too; holds train/ and validation/."
 )
@@ -169,6 +179,7 @@ def build(
     suffixes: Sequence[str],
     text_key: str,
     tokenizer: Path,
+    pattern: str | None,
     output: str,
     workers: int | None,
     validation_fraction: float,
@@ -206,6 +217,7 @@ def build(
             suffixes=suffixes,
             text_key=text_key,
             end_of_document=end_of_document,
+            pattern=pattern,
             dedup=dedup,
             near_threshold=near_threshold,
             overwrite=overwrite,
@@ -307,7 +319,8 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
 @_inputs
 @_more
 @_text_key
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="tokenizer.json to use.")
+@_tokenizer
+@_pattern
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the description.")
 @click.option(
     "--streams", type=click.IntRange(min=1), default=64, show_default=True,
@@ -322,6 +335,7 @@ def describe(
     more: Sequence[str],
     text_key: str,
     tokenizer: Path,
+    pattern: str | None,
     output: Path,
     streams: int,
     end_of_document: str | None,
@@ -347,6 +361,7 @@ def describe(
             streams=streams,
             text_key=text_key,
             end_of_document=end_of_document,
+            pattern=pattern,
             report=lambda done, total, documents: report(Progress(total, done, documents)),
         )
     if as_json:

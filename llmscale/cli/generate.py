@@ -44,7 +44,7 @@ def command(
     if found is None:
         raise UsageError(f"{checkpoint}: no checkpoint")
     path = tokenizer or found.path.parent.parent / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"{path}: no tokenizer there; name one with --tokenizer")
     words = Tokenizer(path)
     model = found.config.model

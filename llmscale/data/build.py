@@ -73,6 +73,7 @@ def build(
     suffixes: Sequence[str] = (),
     text_key: str = "text",
     end_of_document: str | None = None,
+    pattern: str | None = None,
     dedup: str = "none",
     near_threshold: float = 0.8,
     overwrite: bool = False,
@@ -82,13 +83,14 @@ def build(
 ) -> Summary:
     """Write OUTPUT/train and, where validation_fraction is above 0, OUTPUT/validation.
 
-    The same inputs, tokenizer and options give the same bytes. output: a folder or an fsspec URL. dedup: none, exact
+    The same inputs, tokenizer and options give the same bytes. tokenizer, end_of_document, pattern: as `Tokenizer` has
+    them. output: a folder or an fsspec URL. dedup: none, exact
     or near. restart: begin anew where an unfinished build could be gone on with. report: called now and then with how
     far it is.
     """
     files = find(inputs, suffixes)
     total_bytes = sum(file.size for file in files)
-    loaded = Tokenizer(tokenizer, end_of_document)
+    loaded = Tokenizer(tokenizer, end_of_document, pattern)
     encoder = Encoder(loaded, text_key, exact=dedup != "none", near=dedup == "near")
     options = {
         "--tokenizer": loaded.sha256,

@@ -102,7 +102,7 @@ class Encoder:
                     empty += 1
                     continue
                 replaced += piece.replaced
-                tokens.append(self.tokenizer.encode(piece.text))
+                tokens.append(self.tokenizer.encode(piece.text, continues=not piece.first))
                 fingerprints.append(int.from_bytes(digest(piece.data, 8), "big") if piece.first else None)
                 lasts.append(piece.last)
                 if self.exact:

@@ -11,7 +11,6 @@ from llmscale.data.durable import partial
 from llmscale.data.shards import Card
 from llmscale.data.split import Split, splits
 from llmscale.data.store import is_remote
-from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
 _BAR = 40
@@ -94,7 +93,10 @@ def plot_histogram(found: Sequence[Description], output: Path) -> None:
 
 def _documents(split: Split, count: int) -> list[str]:
     """The first document that begins in each of `count` samples (fewer, where there are fewer)."""
-    tokenizer = Tokenizer(split.tokenizer)
+    import tokenizers
+
+    # Not our Tokenizer, which wants to know a token that ends documents: any name may do that.
+    tokenizer = tokenizers.Tokenizer.from_file(str(split.tokenizer))
     samples = [(shard, number) for shard in split.shards for number in range(len(shard.offsets))]
     count = min(count, split.card.documents)
     texts: list[str] = []
@@ -103,7 +105,13 @@ def _documents(split: Split, count: int) -> list[str]:
         # A sample of a short dataset holds all the documents that are asked for.
         wanted = -(-count // len(samples))
         for start, end in zip(starts[:wanted], [*starts[1:], len(tokens)], strict=False):
-            texts.append(_shortened(tokenizer.decode(tokens[start : min(end, start + _SHOWN_CHARACTERS)].tolist())))
+            texts.append(
+                _shortened(
+                    tokenizer.decode(
+                        tokens[start : min(end, start + _SHOWN_CHARACTERS)].tolist(), skip_special_tokens=False
+                    )
+                )
+            )
     return texts[:count]
 
 

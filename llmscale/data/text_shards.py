@@ -143,6 +143,7 @@ def describe(
     streams: int = STREAMS,
     text_key: str = "text",
     end_of_document: str | None = None,
+    pattern: str | None = None,
     report: Callable[[int, int, int], None] = lambda done, total, documents: None,
 ) -> TextCard:
     """Write OUTPUT/card.json, index.json and tokenizer.json for the tars that the inputs name.
@@ -156,7 +157,7 @@ def describe(
     """
     if streams < 1:
         raise UsageError(f"--streams {streams}: give at least 1")
-    loaded = Tokenizer(tokenizer, end_of_document)
+    loaded = Tokenizer(tokenizer, end_of_document, pattern)
     paths = []
     for file in find(inputs, [".tar"]):
         if (path := file.path) is None:

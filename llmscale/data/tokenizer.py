@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE is trained here, any tokenizer.json is used.
+"""Tokenizers: byte-level BPE is trained here; any tokenizer.json, tiktoken file or sentencepiece model is used.
 
 Byte level, because every byte then has a token: no text is unknown, and decoding gives back the very bytes. The whole
 alphabet of 256 bytes is in the vocabulary, whatever the training text holds. Text that spells a special token
@@ -9,16 +9,19 @@ tokenizers 0.23.3 on 11.8 MB of Python source).
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmscale.data import sentencepiece_model, tiktoken_file
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -31,20 +34,25 @@ _USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"
 class Tokenizer:
     """A tokenizer.json, ready to encode documents."""
 
-    def __init__(self, path: Path, end_of_document: str | None = None) -> None:
-        """end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds."""
+    def __init__(self, path: Path, end_of_document: str | None = None, pattern: str | None = None) -> None:
+        """path: a tokenizer.json, a tiktoken file, a sentencepiece model, or a folder with one of them.
+
+        end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds.
+        pattern: how a tiktoken file's text is cut into words; when None by its name.
+        """
         import tokenizers
 
-        self.path = path
+        self.path = _file(path)
+        self._pattern = pattern
+        self.content = _read(self.path, pattern)
+        """The text of the tokenizer.json, whatever the file is."""
         try:
-            self.content = path.read_bytes()
             self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; name a tokenizer.json") from None
         except Exception as error:  # the library raises bare Exception
             raise DataError(
                 f"{path}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`"
             ) from None
+        self._sentencepiece = _embedded(self.path, self.content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -67,11 +75,11 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travels to another process as the file's name; read once there."""
-        return _load, (self.path, self.end_of_document_token, self.sha256)
+        return _load, (self.path, self.end_of_document_token, self._pattern, self.sha256)
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of the file."""
+        """Fingerprint of the tokenizer.json."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
@@ -79,8 +87,18 @@ class Tokenizer:
         """The smallest type that holds every id."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
-    def encode(self, text: str) -> npt.NDArray[np.unsignedinteger]:
-        """The ids of a text, nothing added. [tokens], of `dtype`."""
+    def encode(self, text: str, continues: bool = False) -> npt.NDArray[np.unsignedinteger]:
+        """The ids of a text, nothing added. [tokens], of `dtype`.
+
+        continues: it is the rest of a document that was cut behind a line break; some tokenizers treat the beginning
+        of a text as that of a word.
+        """
+        if continues:
+            before, ids = self.encode("\n"), self.encode(f"\n{text}")
+            if np.array_equal(ids[: len(before)], before):
+                return ids[len(before) :]
+        if self._sentencepiece:
+            return np.array(self._sentencepiece.encode(text), dtype=self.dtype)
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array(encoding.ids, dtype=self.dtype)
 
@@ -90,11 +108,46 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, end_of_document: str, sha256: str) -> Tokenizer:
-    tokenizer = Tokenizer(path, end_of_document)
+def _load(path: Path, end_of_document: str, pattern: str | None, sha256: str) -> Tokenizer:
+    tokenizer = Tokenizer(path, end_of_document, pattern)
     if tokenizer.sha256 != sha256:
         raise DataError(f"{path}: has changed meanwhile; start again")
     return tokenizer
+
+
+def _file(path: Path) -> Path:
+    """The tokenizer in a folder, where it is one: tokenizer.json says more than the file that it was made from."""
+    if not path.is_dir():
+        return path
+    names = ("tokenizer.json", "tokenizer.model")
+    found = [path / name for name in names if (path / name).is_file()] or sorted(path.glob("*.tiktoken"))
+    if not found:
+        raise UsageError(f"{path}: a folder without a {', '.join(names)} or .tiktoken; name the tokenizer's file")
+    return found[0]
+
+
+def _read(path: Path, pattern: str | None) -> bytes:
+    """The text of a tokenizer.json, converted where the file is of another kind."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; name a tokenizer.json") from None
+    if path.suffix == ".tiktoken" or tiktoken_file.is_tiktoken(content):
+        return tiktoken_file.convert(str(path), content, pattern).encode()
+    if pattern:
+        raise UsageError(f"--pattern {pattern}: is for tiktoken files, which {path} is not; leave it away")
+    if path.suffix == ".model":
+        return sentencepiece_model.convert(str(path), content).encode()
+    return content
+
+
+def _embedded(path: Path, content: bytes) -> Any:
+    """The encoder of a sentencepiece model that stands in a tokenizer.json; None in most."""
+    key = sentencepiece_model.EMBEDDED
+    if f'"{key}"'.encode() not in content:
+        return None
+    model = json.loads(content)["model"].get(key)
+    return sentencepiece_model.processor(base64.b64decode(model), str(path)) if isinstance(model, str) else None
 
 
 def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)) -> str:

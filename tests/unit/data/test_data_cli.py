@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from click.testing import CliRunner, Result
 
 from llmscale.cli.data import command
-from llmscale.errors import LlmscaleError
+from llmscale.data.tokenizer import Tokenizer
+from llmscale.errors import LlmscaleError, UsageError
 
 
 def run(*arguments: object) -> Result:
@@ -149,3 +152,42 @@ def test_wrong_usage_is_click_s_error(arguments: list[str]) -> None:
 @pytest.mark.parametrize("name", ["tokenizer", "build", "inspect", "verify"])
 def test_help_shows_an_example(name: str) -> None:
     assert f"llmscale data {name}" in done(name, "--help")
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece", "folder"])
+def test_a_tokenizer_of_another_kind_is_written_beside_the_shards_as_tokenizer_json(
+    kind: str, corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    options: list[object] = []
+    if kind == "tiktoken":
+        tokenizer = tmp_path / "own.tiktoken"
+        tokenizer.write_text("".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+        options = ["--pattern", "gpt2"]
+    elif kind == "sentencepiece":
+        tokenizer = tmp_path / "own.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(path.read_text() for path in sorted(corpus.rglob("*.txt"))),
+            model_prefix=str(tokenizer.with_suffix("")), vocab_size=300, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    else:
+        tokenizer = tmp_path / "model"
+        tokenizer.mkdir()
+        (tokenizer / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    output = tmp_path / "out"
+    done("build", "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", 2, *options)
+    assert "whole, " in done("verify", output)
+    beside = Tokenizer(output / "train/tokenizer.json")
+    shown = json.loads(done("inspect", output, "--documents", 1, "--json"))
+    train = next(row for row in shown if row["folder"].endswith("train"))
+    assert (train["tokenizer_sha256"], train["vocab_size"]) == (beside.sha256, beside.vocab_size)
+    texts = [" ".join(path.read_text().split()) for path in corpus.rglob("*.txt")]
+    assert any(text.startswith(" ".join(train["examples"][0].split()[:-1])) for text in texts)
+
+
+def test_a_tokenizer_that_tells_not_enough_is_refused_before_anything_is_read(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "own.tiktoken"
+    tokenizer.write_text("".join(f"{b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    result = run("build", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out")
+    assert isinstance(result.exception, UsageError)
+    assert "say so with --pattern gpt2 or cl100k or llama3 or o200k" in str(result.exception)
+    assert not (tmp_path / "out").exists()

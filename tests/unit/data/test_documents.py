@@ -227,5 +227,10 @@ def test_a_long_document_gets_the_tokens_that_it_gets_in_one_go(tmp_path: Path, 
     (tmp_path / "a.txt").write_bytes(text.encode())
     found = [piece for part in read(tmp_path / "a.txt") for piece in pieces(part, "text")]
     assert [(piece.first, piece.last) for piece in found] == [(True, False), (False, True)]
-    joined = [token for piece in found for token in tokenizer.encode(piece.text).tolist()]
+    joined = [token for piece in found for token in tokenizer.encode(piece.text, not piece.first).tolist()]
     assert joined == tokenizer.encode(text).tolist()
+
+
+def test_no_cut_is_made_beside_a_blank_or_before_a_slash() -> None:
+    text = "x" * (PIECE_BYTES // 2) + "a\nb" + "!\n/c\n\u3000d\u00a0\n" * (PIECE_BYTES // 8)
+    assert next(documents._pieces(io.BytesIO(text.encode())))[0].endswith(b"xxa\n")

@@ -1,12 +1,17 @@
+"""Totals, lengths as text and as a picture, and documents that can be read."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
+from llmscale.data import tokenizer as tokenizers
 from llmscale.data.build import build
 from llmscale.data.inspect import describe, histogram, plot_histogram
 from llmscale.errors import DataError, UsageError
+
+from .conftest import TEXT
 
 
 def test_totals_histogram_and_documents(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
@@ -57,3 +62,10 @@ def test_a_picture_that_cannot_be_is_refused(corpus: Path, tokenizer_json: Path,
         plot_histogram(found, tmp_path / "lengths")
     with pytest.raises(DataError, match=r"lengths\.png: cannot be written: .*; name another --plot"):
         plot_histogram(found, tokenizer_json / "lengths.png")
+
+
+def test_documents_that_end_with_an_unusual_token_are_decoded(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.write(tokenizers.train([TEXT] * 9, 270, ["<|stop|>"]), path)
+    build([str(corpus)], path, tmp_path / "data", end_of_document="<|stop|>")
+    assert all(one.documents for one in describe(tmp_path / "data"))
