@@ -397,7 +397,8 @@ def main() -> None:
                 WRITERS[name](folders[name], tokens, LENGTH, None)
             found = measure("sum", name, folders[name], 1, 0)
             wanted = int(tokens[: count * LENGTH].sum(dtype=np.int64))
-            if found["count"] == count and found["sum"] != wanted:
+            # Which one token is no input is not the same for all: megatron shuffles documents before it cuts.
+            if found["count"] == count and abs(found["sum"] - wanted) > 2**16:
                 raise SystemExit(f"{name}: an epoch's tokens add up to {found['sum']}, not {wanted}")
             if abs(found["count"] - count) > 64:
                 raise SystemExit(f"{name}: an epoch has {found['count']} sequences, not {count}")

@@ -25,7 +25,7 @@ from llmscale.distributed import cpu
 from llmscale.distributed.groups import Groups, form_groups
 from llmscale.distributed.launch import Launch, device_of, start, stop
 from llmscale.distributed.layout import Layout
-from llmscale.errors import ConfigError, Problem
+from llmscale.errors import ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
 from llmscale.models.stage import build_stages
 from llmscale.training import report, state
@@ -121,8 +121,19 @@ def pretrain(run: Run, launch: Launch) -> None:
         quiet_deepspeed()
         with form_groups(run.layout, run.config.run.seed) as groups, ExitStack() as stack:
             _train(run, launch, device, groups, stack)
+    except RuntimeError as error:
+        if _peer_is_gone(error):
+            raise TrainingError(
+                "another rank ended while this one waited for it; the first message of that rank says why"
+            ) from None
+        raise
     finally:
         stop()
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective failed because of the process at its other end: gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack: ExitStack) -> None:
