@@ -49,7 +49,9 @@ _more = click.argument("more", nargs=-1, metavar="[PATH]...")
 _suffixes = click.option(
     "--suffix", "suffixes", multiple=True, metavar=".EXT", help="Take only these files from folders; repeatable."
 )
-_text_key = click.option("--text-key", default="text", show_default=True, help="Key of the text in .jsonl lines.")
+_text_key = click.option(
+    "--text-key", default="text", show_default=True, help="Key or column of the text, in .jsonl, .parquet and .json."
+)
 _tokenizer = click.option(
     "--tokenizer", type=click.Path(path_type=Path), required=True,
     help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",

@@ -17,6 +17,7 @@ U+FFFD.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -24,10 +25,11 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, Literal, cast
 
 from llmscale.data.inputs import InputFile, unreadable
-from llmscale.data.tars import samples
+from llmscale.data.tars import MOST_BYTES, samples
 from llmscale.errors import DataError, UsageError
 
 PIECE_BYTES = 1 << 20
@@ -85,7 +87,7 @@ class Reader:
             self.bytes_read = done
 
     def _parts(self, about: InputFile, file: BinaryIO) -> Iterator[Part]:
-        name, file = _decompressed(about.name, file)
+        name, file = _decompressed(about.file_name, file)
         if name.endswith((".jsonl", ".ndjson")):
             return _lines(about.name, file)
         if name.endswith(".parquet"):
@@ -125,7 +127,11 @@ def _arrow(name: str) -> Any:
 
 
 def _lines(name: str, file: BinaryIO) -> Iterator[Part]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), 1):
+        if len(line) > MOST_BYTES:
+            raise DataError(f"{name}:{number}: a line of over {MOST_BYTES} bytes; is this a .jsonl file?")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             yield Part(f"{name}:{number}", "json", line)
 
@@ -135,7 +141,8 @@ def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(file)
+        # So buffered, a row group is read a page at a time: groups of 116 MiB in 44 MiB, not in 150.
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         columns = table.schema_arrow
         if text_key not in columns.names:
             there = ", ".join(columns.names[:10])
@@ -143,13 +150,16 @@ def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
                 f"{name}: no column {text_key!r}, there is {there}; name the one of the text with --text-key"
             )
         kind = columns.field(text_key).type
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
             raise DataError(f"{name}: the column {text_key!r} holds {kind}, not text; name another with --text-key")
         number = 0
         for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
-            for value in batch.column(0):
+            # Strings need not be UTF-8, whatever the file says; bytes are what a text file has too.
+            for value in batch.column(0).cast(kind).cast(arrow.large_binary()):
                 number += 1
-                yield from _whole(f"{name}: row {number}", (value.as_py() or "").encode())
+                yield from _whole(f"{name}: row {number}", value.as_py() or b"")
     except arrow.ArrowException as error:
         raise DataError(f"{name}: not a sound parquet file ({error}); mend it or leave it out of --input") from None
 

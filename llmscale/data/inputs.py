@@ -13,8 +13,10 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
+from urllib.parse import unquote
 
+from llmscale.data.remote_file import open_remote
 from llmscale.errors import DataError, UsageError
 
 _PACKAGES = {
@@ -26,6 +28,8 @@ _PACKAGES = {
     "hf": "huggingface_hub",
 }
 _GLOB = "*?["
+_HTTP = ("http://", "https://")
+_LOCAL = ("file://", "local://")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class InputFile:
         """Where it lies on this machine; None for a URL."""
         return None if is_url(self.name) else Path(self.name)
 
+    @property
+    def file_name(self) -> str:
+        """Its name without the query of a URL: the ending says the format."""
+        return self.name.partition("?")[0] if self.name.startswith(_HTTP) else self.name
+
     def open(self) -> BinaryIO:
         """The file, to be read from its beginning.
 
@@ -48,17 +57,16 @@ class InputFile:
             DataError: it cannot be read.
         """
         try:
-            if not is_url(self.name):
-                return open(self.name, "rb")
-            system, path = _system(self.name)
-            return cast(BinaryIO, system.open(path, "rb"))
-        except (OSError, ValueError) as error:
+            if self.path:
+                return self.path.open("rb")
+        except OSError as error:
             raise unreadable(self.name, error) from None
+        return open_remote(self.name, self.size, seekable=self.file_name.endswith(".parquet"))
 
 
 def is_url(name: str) -> bool:
-    """Whether this names something for fsspec."""
-    return "://" in name
+    """Whether this names something for fsspec that is not on this machine."""
+    return "://" in name and not name.startswith(_LOCAL)
 
 
 def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]:
@@ -69,7 +77,7 @@ def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]
     """
     found: dict[str, InputFile] = {}
     for name in inputs:
-        files = _remote(name, suffixes) if is_url(name) else _local(name, suffixes)
+        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes)
         for key, file in files:
             found.setdefault(key, file)
     return list(found.values())
@@ -79,6 +87,11 @@ def unreadable(name: str, error: Exception) -> DataError:
     """The message for an input that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return DataError(f"{name}: cannot be read: {reason}; mend the file or leave it out of --input")
+
+
+def _path(name: str) -> str:
+    """A file on this machine that may be named by a URL."""
+    return unquote(name.partition("://")[2]) if name.startswith(_LOCAL) else name
 
 
 def _local(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile]]:
@@ -128,13 +141,17 @@ def _exists(system: Any, path: str) -> bool:
     """Whether there is such a file or folder; a store that refuses says so, in place of "no"."""
     try:
         system.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__  # of an HTTP server, which fsspec takes for missing whatever it says
+        status = getattr(cause, "status", None)
+        if status not in (None, 404, 410) or (status is None and isinstance(cause, OSError)):
+            raise ValueError(f"{type(cause).__name__}: {cause}") from None
         return False
     return True
 
 
 def _listed(system: Any, path: str, suffixes: Sequence[str]) -> list[str]:
-    if not system.isdir(path):
+    if system.info(path)["type"] != "directory":  # isdir would fetch a whole file over HTTP, to look for links
         return [path]
     root = path.rstrip("/")
     found = []

@@ -195,7 +195,7 @@ class UrlStore(Store):
         super().__init__(url, patience, counters)
         self._opened: tuple[int, Any, str] | None = None
         self._opening = threading.Lock()
-        self._open()
+        self.filesystem()
 
     def read(self, name: str, start: int, end: int, check: Callable[[bytes], str] = lambda data: "") -> bytes:
         """The bytes from start to end. check: says what is wrong with them, or nothing.
@@ -254,7 +254,7 @@ class UrlStore(Store):
 
     def _call(self, method: str, name: str, **options: Any) -> Any:
         """A method of the filesystem, for at most the seconds of an attempt."""
-        filesystem, root = self._open()
+        filesystem, root = self.filesystem()
         path = f"{root.rstrip('/')}/{name}"
         seconds = self._patience.attempt_seconds
         try:
@@ -268,7 +268,7 @@ class UrlStore(Store):
         except TimeoutError:
             raise TimeoutError(f"no answer within {seconds:g} s") from None
 
-    def _open(self) -> tuple[Any, str]:
+    def filesystem(self) -> tuple[Any, str]:
         """The filesystem and the path in it: one a process, since connections do not survive a fork."""
         with self._opening:
             if self._opened is None or self._opened[0] != os.getpid():

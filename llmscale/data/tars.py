@@ -10,12 +10,16 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from llmscale.errors import DataError
 
 MOST_BYTES = 1 << 30
 """The longest document that is taken: a tar header may claim any size."""
+_MOST_HEADER_BYTES = 1 << 20
+_LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class Sample:
     key: str
     data: bytes
     end: int
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. The library takes a damaged one, and the end of a file, for the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf.count(b"\0") == tarfile.BLOCKSIZE:  # the end of a tar
+                raise
+            raise tarfile.ReadError(str(error)) from None
+        if header.type in _LONG_HEADERS and header.size > _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
@@ -37,7 +57,7 @@ def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
     data: bytes | None = None
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 18) as tar:
+        with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 18, tarinfo=_Header) as tar:
             for member in tar:
                 if member.isdir():
                     continue
@@ -53,7 +73,8 @@ def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
                 data = found if data is None else data
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{name}: not a whole tar file ({error}); copy it again") from None
+        place = f" near {key!r}" if key is not None else ""
+        raise DataError(f"{name}: not a whole tar file ({error}{place}); copy it again") from None
     if key is not None:
         yield _sample(name, key, data, end)
 

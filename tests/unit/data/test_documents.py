@@ -234,3 +234,97 @@ def test_a_long_document_gets_the_tokens_that_it_gets_in_one_go(tmp_path: Path, 
 def test_no_cut_is_made_beside_a_blank_or_before_a_slash() -> None:
     text = "x" * (PIECE_BYTES // 2) + "a\nb" + "!\n/c\n\u3000d\u00a0\n" * (PIECE_BYTES // 8)
     assert next(documents._pieces(io.BytesIO(text.encode())))[0].endswith(b"xxa\n")
+
+
+def tar(*members: tuple[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+TWO = tar(("a.txt", b"one"), ("b.txt", b"two"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TWO[:1124] + b"\xff" * 20 + TWO[1144:], r"not a whole tar file \(bad checksum near 'a'\)"),
+        (TWO[:1024], r"not a whole tar file \(empty header near 'a'\)"),
+        (TWO[:1300], r"not a whole tar file \(truncated header near 'a'\)"),
+        (TWO[:1540], r"not a whole tar file \(unexpected end of data near 'b'\)"),
+        (b"", r"not a whole tar file \(empty header\)"),
+    ],
+)
+def test_a_tar_that_is_damaged_behind_its_first_member_is_not_taken_for_a_shorter_one(
+    data: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / "a.tar")
+
+
+def test_what_no_honest_shard_holds_is_refused(tmp_path: Path) -> None:
+    link, huge, header = tarfile.TarInfo("a.txt"), tarfile.TarInfo("a.txt"), tarfile.TarInfo("././@LongLink")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    huge.size = 1 << 40
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    for data, message in (
+        (link.tobuf(), "member 'a.txt' is a link or a device"),
+        (huge.tobuf(), "member 'a.txt' says it has 1099511627776 bytes"),
+        (header.tobuf() + bytes(4096), "a header of 1073741824 bytes"),
+        (tar(("../a.txt", b"x")), r"member '\.\./a.txt' leaves its folder"),
+        (tar(("/a.txt", b"x")), "member '/a.txt' leaves its folder"),
+        (tar(("a.json", b'{"body": 1}')), "sample 'a' has no .txt and no .json with the text"),
+        (tar(("a.json", b"{")), "member 'a.json' is not JSON"),
+    ):
+        (tmp_path / "a.tar").write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            texts(tmp_path / "a.tar")
+
+
+def test_what_writers_of_text_do_is_read(tmp_path: Path) -> None:
+    row = b'{"text": "a"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + row + row)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row) + gzip.compress(row) + bytes(512))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        assert texts(tmp_path / name) == ["a", "a"]
+
+
+def test_a_line_that_has_no_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MOST_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + b" " * 2000)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of over 1000 bytes; is this a \.jsonl file\?"):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_strings_of_parquet_come_in_any_encoding(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    for column, wanted in (
+        (pyarrow.array(["a", None, "a"]).dictionary_encode(), ["a", "", "a"]),
+        (pyarrow.array(["a", "b"], pyarrow.large_string()), ["a", "b"]),
+        (pyarrow.array(["a", "b"], pyarrow.string_view()), ["a", "b"]),
+        (pyarrow.array([b"a\xff", b"b"]).view(pyarrow.string()), ["a\ufffd", "b"]),
+    ):
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert texts(tmp_path / "a.parquet") == wanted
+
+
+def test_a_row_group_of_any_size_is_read_in_little_memory(tmp_path: Path) -> None:
+    from random import Random
+
+    from pyarrow import parquet
+
+    random = Random(0)
+    rows = [random.randbytes(1000).hex() for _ in range(20_000)]
+    table = pyarrow.table({"text": rows})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(rows), use_dictionary=False)
+    del table
+    begun, most = pyarrow.total_allocated_bytes(), 0
+    for _ in Reader(find([str(tmp_path)])):
+        most = max(most, pyarrow.total_allocated_bytes() - begun)
+    assert most < (tmp_path / "a.parquet").stat().st_size / 4

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
+import pyarrow
 import pytest
 from moto.server import ThreadedMotoServer
+from pyarrow import parquet
 
 from llmscale.data.documents import Reader, pieces
 from llmscale.data.inputs import InputFile, find
@@ -100,4 +107,101 @@ def test_what_a_store_does_not_have_is_named(bucket: str, tmp_path: Path) -> Non
     with pytest.raises((DataError, UsageError), match=r"--input nosuch://x/y: |nosuch://x/y: cannot be read"):
         find(["nosuch://x/y"])
     (tmp_path / "a.txt").write_text("a")
-    assert names(find([f"file://{tmp_path}/a.txt"]), f"file://{tmp_path}") == ["a.txt"]
+    (tmp_path / "b c.txt").write_text("b")
+    found = find([f"file://{tmp_path}/b%20c.txt", f"file://{tmp_path}/*.txt", str(tmp_path)])
+    assert names(found, str(tmp_path)) == ["b c.txt", "a.txt"]
+
+
+ROWS = b"".join(b'{"text": "row %d"}\n' % number for number in range(20_000))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves ROWS, in the way that the first part of the path says."""
+
+    protocol_version = "HTTP/1.1"
+    cut: ClassVar[list[str]] = []
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(b"")
+
+    def do_GET(self) -> None:
+        self.answer(ROWS)
+
+    def answer(self, data: bytes) -> None:
+        kind = self.path.split("/")[1]
+        if kind.isdigit():
+            self.send_response(int(kind))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked = self.headers.get("Range")
+        begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked and kind != "no_ranges" else 0
+        self.send_response(206 if asked and kind != "no_ranges" else 200)
+        if kind == "no_size":
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(ROWS) - begin))
+        self.end_headers()
+        if data and kind in ("break", "no_ranges") and len(self.cut) < 3:
+            self.cut.append(self.path)
+            self.wfile.write(data[begin : begin + 100_000])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self.wfile.write(data[begin:])
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Handler.cut.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["whole", "break", "no_ranges", "no_size"])
+def test_reading_over_http_goes_on_where_it_broke(server: str, kind: str) -> None:
+    (file,) = find([f"{server}/{kind}/rows.jsonl?key=a.b"])
+    reader = Reader([file])
+    assert b"".join(part.data for part in reader) == ROWS
+    assert len(Handler.cut) == (3 if kind in ("break", "no_ranges") else 0)
+    assert reader.bytes_read == (len(ROWS) if kind != "no_size" else 0)
+
+
+def test_what_an_http_server_says_is_told(server: str) -> None:
+    with pytest.raises(UsageError, match=r"--input .*/404/rows\.jsonl: matches no file"):
+        find([f"{server}/404/rows.jsonl"])
+    for status in (403, 500):
+        with pytest.raises(DataError, match=rf"/{status}/rows\.jsonl: cannot be read: .*{status}"):
+            find([f"{server}/{status}/rows.jsonl"])
+    with pytest.raises(DataError, match=r"cannot be read: .*Cannot connect"):
+        find(["http://127.0.0.1:9/rows.jsonl"])
+
+
+def test_every_format_is_read_from_a_store(bucket: str, tmp_path: Path) -> None:
+    system = fsspec.filesystem("s3")
+    row = b'{"text": "one"}\n'
+    parquet.write_table(pyarrow.table({"text": ["one"] * 3}), tmp_path / "a.parquet")
+    files = {
+        "a.jsonl.gz": gzip.compress(row * 3),
+        "a.jsonl.zst": pyarrow.compress(row * 3, "zstd", asbytes=True),
+        "a.parquet": (tmp_path / "a.parquet").read_bytes(),
+    }
+    for name, data in files.items():
+        system.pipe_file(f"texts/formats/{name}", data)
+        reader = Reader(find([f"{bucket}/formats/{name}"]))
+        assert [piece.text for part in reader for piece in pieces(part, "text")] == ["one"] * 3
+        assert reader.bytes_read == reader.total_bytes == len(data)
+
+
+def test_memory_is_a_store_too() -> None:
+    fsspec.filesystem("memory").pipe_file("/a.txt", b"a")
+    fsspec.filesystem("memory").pipe_file("/deep/b.txt", b"b")
+    for name in ("memory://a.txt", "memory://deep", "memory://deep/*.txt"):
+        assert len(list(Reader(find([name])))) == 1
