@@ -3,8 +3,9 @@
 A row of a step: step, tokens (seen so far), loss (mean over the global batch, nats), grad_norm (before clipping),
 learning_rate, step_seconds (its data_seconds included), tokens_per_second, tokens_per_second_per_device,
 tflops_per_device (model FLOPs with attention, `flops.py`), mfu and mfu_without_attention (shares of the device's peak;
-null where the peak is not known), memory_gib; with remote data data_bytes_fetched, data_retries and the like, of rank
-0's process; with data.on_error: skip data_skipped_samples and data_replaced_sequences (the most that any rank has met).
+null where the peak is not known), memory_gib; data_epochs (passes over each source so far, null for text); with remote
+data data_bytes_fetched, data_retries and the like, of rank 0's process; with data.on_error: skip data_skipped_samples
+and data_replaced_sequences (the most that any rank has met).
 A row of a validation: step, tokens, validation_loss, validation_perplexity.
 """
 
@@ -132,7 +133,7 @@ class Recorder:
         self._stack.close()
 
     def step(
-        self, step: int, result: StepResult, rate: float, times: StepTimes, data: Mapping[str, float] | None = None
+        self, step: int, result: StepResult, rate: float, times: StepTimes, data: Mapping[str, Any] | None = None
     ) -> None:
         """A step was done. rate: its learning rate. data: further figures, of what the batches came from."""
         if not self._speaks:

@@ -197,7 +197,9 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         write(0)
 
     def step(number: int, result: StepResult, rate: float, times: StepTimes) -> None:
-        recorder.step(number, result, rate, times, _data_counters(run.train, config.data.on_error == "skip"))
+        position = seen.sequences + (number - seen.steps) * config.training.global_batch_size
+        skips = config.data.on_error == "skip"
+        recorder.step(number, result, rate, times, _data_figures(run.train, position, skips))
 
     events = Events(step=step, validation=recorder.validation, save=write)
     validate = partial(validation, run.validation) if run.validation else None
@@ -231,11 +233,13 @@ def _of_all_ranks(stream: Stream, own: dict[str, Any]) -> dict[str, Any]:
     return stream.merge(states)
 
 
-def _data_counters(stream: Stream, skips: bool) -> dict[str, float]:
-    """What the rows of metrics say of the data: what was left out, of all ranks, and what this rank fetched."""
+def _data_figures(stream: Stream, position: int, skips: bool) -> dict[str, Any]:
+    """What the rows of metrics say of the data: passes over each source, what was left out, what this rank fetched."""
     own = stream.counters()
     fetched = {name: value for name, value in own.items() if not name.startswith(("skipped_", "replaced_"))}
-    row = {f"data_{name}": value for name, value in fetched.items()} if fetched.get("requests") else {}
+    row: dict[str, Any] = {"data_epochs": list(stream.epochs(position))}
+    if fetched.get("requests"):
+        row |= {f"data_{name}": value for name, value in fetched.items()}
     if skips:
         # Ranks meet the same broken samples, each its own share of the sequences that they cost.
         counts = torch.tensor([own.get("skipped_samples", 0), own.get("replaced_sequences", 0)], dtype=torch.float64)
