@@ -18,7 +18,7 @@ from llmscale.data.cache import Cache
 from llmscale.data.pipe_store import PipeStore, open_store
 from llmscale.data.shards import INDEX_HEAD, INDEX_TAIL, NPY_HEADER, REBUILD, Card, Index, Shard, Tokens, parse
 from llmscale.data.store import Missing, Patience, UrlStore, is_remote
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 _MOST_CARD_BYTES = 1 << 28
 _MOST_INDEX_BYTES = 1 << 32
@@ -41,7 +41,7 @@ class Split:
             try:
                 data = store.read_all("card.json", _MOST_CARD_BYTES)
             except Missing:
-                raise DataError(f"{self.place}: not a dataset, it has no card.json; {_BUILD_REMOTE}") from None
+                raise UsageError(f"{self.place}: not a dataset, it has no card.json; {_BUILD_REMOTE}") from None
             self.card = parse(Card, data, self.where("card.json"))
             self.key = self.card.index_sha256[:32]
             self.folder = self._keep("index.json", self.card.index_sha256, _MOST_INDEX_BYTES).parent
@@ -49,7 +49,7 @@ class Split:
         else:
             self.folder = Path(self.place)
             if not (self.folder / "card.json").is_file():
-                raise DataError(_not_a_split(self.folder))
+                raise UsageError(_not_a_split(self.folder))
             self.card = parse(Card, _content(self.folder / "card.json"), self.where("card.json"))
         self.shards = tuple(_shards(self.folder / "index.json", self.where("index.json"), self.card.index_sha256))
         samples = sum(len(shard.offsets) for shard in self.shards)
@@ -151,7 +151,7 @@ def splits(folder: Path) -> list[Path]:
     """The splits of what a user named: a split itself, or a folder that holds some."""
     found = [folder] if (folder / "card.json").is_file() else sorted(card.parent for card in folder.glob("*/card.json"))
     if not found:
-        raise DataError(_not_a_split(folder))
+        raise UsageError(_not_a_split(folder))
     return found
 
 

@@ -62,7 +62,7 @@ def test_a_run_reads_from_a_store_what_it_reads_from_a_folder(
     there["data"]["train"] = [{"path": "s3://data/gone"}]
     (tmp_path / "there.yaml").write_text(yaml.safe_dump(there))
     (outcome,) = in_processes(1, command, "pretrain", str(tmp_path / "there.yaml"), environment=lambda rank: store)
-    assert outcome.exit_code == 1
+    assert outcome.exit_code == 2
     assert "s3://data/gone" in outcome.output and "Traceback" not in outcome.output
 
 

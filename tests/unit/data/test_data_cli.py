@@ -119,8 +119,8 @@ Arguments = Callable[[Path, Path, Path], list[object]]
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 99999, "--output", t / "k"], "more than", 1),
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 300, "--output", t], "is a folder", 2),
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 300, "--output", k / "x"], "cannot be written", 1),
-        (lambda c, k, t: ["inspect", t / "none"], "no such folder", 1),
-        (lambda c, k, t: ["verify", c], "not a dataset", 1),
+        (lambda c, k, t: ["inspect", t / "none"], "no such folder", 2),
+        (lambda c, k, t: ["verify", c], "not a dataset", 2),
     ],
 )  # fmt: skip
 def test_a_mistake_gives_one_clear_line(

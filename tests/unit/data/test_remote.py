@@ -152,7 +152,7 @@ def test_what_always_fails_ends_in_bounded_time_with_what_and_why(
 
 
 def test_a_card_that_cannot_be_had_is_said(place: str, proxy: Proxy, cache: Cache) -> None:
-    with pytest.raises(DataError, match=r"s3://data/none: not a dataset, it has no card\.json; name the URL"):
+    with pytest.raises(UsageError, match=r"s3://data/none: not a dataset, it has no card\.json; name the URL"):
         Split("s3://data/none", cache, CALM)
     proxy.only, proxy.forever = "card.json", "stall"
     with pytest.raises(DataError, match=r"card\.json: \d+ attempts in \d+ s failed"):

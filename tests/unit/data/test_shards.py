@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmscale.data.shards import SplitWriter
 from llmscale.data.split import Split, splits
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 from .conftest import WriteSplit, row_of_tokens
 
@@ -70,13 +70,13 @@ def test_tokens_lie_aligned_where_the_index_says(write_split: WriteSplit) -> Non
 
 def test_a_folder_that_is_no_split_is_refused_with_a_hint(write_split: WriteSplit, tmp_path: Path) -> None:
     write_split("train", [10])
-    with pytest.raises(DataError, match=r"gone: no such folder; build one"):
+    with pytest.raises(UsageError, match=r"gone: no such folder; build one"):
         Split(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"holds the splits train; name one of them, such as .*train"):
+    with pytest.raises(UsageError, match=r"holds the splits train; name one of them, such as .*train"):
         Split(tmp_path)
     assert splits(tmp_path) == [tmp_path / "train"] == splits(tmp_path / "train")
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match=r"other: not a dataset, it has no card\.json"):
+    with pytest.raises(UsageError, match=r"other: not a dataset, it has no card\.json"):
         splits(tmp_path / "other")
 
 
