@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,55 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmscale.cli import data_options as options
 from llmscale.cli.progress import display
-from llmscale.data.tiktoken_file import PATTERNS
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress, Summary
     from llmscale.data.text_shards import TextCard
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-class _Size(click.ParamType[int]):
-    """A number of bytes, such as 256M."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", str(value).strip(), re.IGNORECASE)
-        if not match or not (size := int(match[1]) * _UNITS[match[2].upper()]):
-            self.fail(f"{value!r} is not a size; write 512K, 256M or 1G", param, ctx)
-        return size
-
-
-_inputs = click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    required=True,
-    metavar="PATH",
-    help="File, folder, URL or quoted glob; repeatable.",
-)
-_more = click.argument("more", nargs=-1, metavar="[PATH]...")
-_suffixes = click.option(
-    "--suffix", "suffixes", multiple=True, metavar=".EXT", help="Take only these files from folders; repeatable."
-)
-_text_key = click.option(
-    "--text-key", default="text", show_default=True, help="Key or column of the text, in .jsonl, .parquet and .json."
-)
-_tokenizer = click.option(
-    "--tokenizer", type=click.Path(path_type=Path), required=True,
-    help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",
-)  # fmt: skip
-_pattern = click.option(
-    "--pattern", type=click.Choice(list(PATTERNS)),
-    help="How a tiktoken file's text is cut into words; by its name when not given.",
-)  # fmt: skip
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
@@ -69,16 +26,16 @@ def command() -> None:
 
 
 @command.command("tokenizer")
-@_inputs
-@_more
-@_suffixes
-@_text_key
+@options.inputs
+@options.more
+@options.suffixes
+@options.text_key
 @click.option(
     "--vocab-size", type=click.IntRange(min=1), required=True, help="Number of token ids, special ones included."
 )
 @click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")
-@_json
+@options.as_json
 def train_tokenizer(
     inputs: Sequence[str],
     more: Sequence[str],
@@ -134,12 +91,12 @@ def train_tokenizer(
 
 
 @command.command("build")
-@_inputs
-@_more
-@_suffixes
-@_text_key
-@_tokenizer
-@_pattern
+@options.inputs
+@options.more
+@options.suffixes
+@options.text_key
+@options.tokenizer
+@options.pattern
 @click.option(
     "--output", required=True, metavar="FOLDER|URL", help="What to make, s3://… too; holds train/ and validation/."
 )
@@ -148,7 +105,9 @@ def train_tokenizer(
     "--validation-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
     help="Share of the documents, by their hash, that goes to validation/; 0 for none.",
 )  # fmt: skip
-@click.option("--shard-size", type=_Size(), default="256M", show_default=True, help="Bytes of tokens in a shard.")
+@click.option(
+    "--shard-size", type=options.Size(), default="256M", show_default=True, help="Bytes of tokens in a shard."
+)
 @click.option(
     "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
 )
@@ -174,7 +133,7 @@ def train_tokenizer(
     metavar="FOLDER",
     help="Where to work when --output is a URL; the system's folder for temporary files when not given.",
 )
-@_json
+@options.as_json
 def build(
     inputs: Sequence[str],
     more: Sequence[str],
@@ -236,7 +195,7 @@ def build(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the document lengths.")
-@_json
+@options.as_json
 def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> None:
     """Show totals, document lengths and some documents of a dataset.
 
@@ -287,7 +246,7 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
 
 @command.command("verify")
 @click.argument("place", metavar="FOLDER|URL")
-@_json
+@options.as_json
 @click.pass_context
 def verify(context: click.Context, place: str, as_json: bool) -> None:
     """Check every checksum, offset and token id of a dataset, or the text that a description speaks of; exit code 1 if
@@ -318,11 +277,11 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
 
 
 @command.command("describe")
-@_inputs
-@_more
-@_text_key
-@_tokenizer
-@_pattern
+@options.inputs
+@options.more
+@options.text_key
+@options.tokenizer
+@options.pattern
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the description.")
 @click.option(
     "--streams", type=click.IntRange(min=1), default=64, show_default=True,
@@ -331,7 +290,7 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
 @click.option(
     "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
 )
-@_json
+@options.as_json
 def describe(
     inputs: Sequence[str],
     more: Sequence[str],
