@@ -24,8 +24,11 @@ END_OF_DOCUMENT = 0
 
 @dataclass(frozen=True)
 class ReferenceStep:
+    """grad_norm: before clipping. gradients: after it."""
+
     loss: float
     grad_norm: float
+    gradients: Weights
 
 
 def initial_weights(config: RunConfig) -> Weights:
@@ -137,8 +140,9 @@ def train(
         gradients = [parameter.grad for parameter in masters.values() if parameter.grad is not None]
         norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         torch.nn.utils.clip_grads_with_norm_(masters.values(), config.training.gradient_clipping, norm.float())
+        clipped = {name: p.grad.clone() for name, p in masters.items() if p.grad is not None}
         for group in optimizer.param_groups:
             group["lr"] = _rate(config, step)
         optimizer.step()
-        steps.append(ReferenceStep(sum(losses) / len(losses), norm.item()))
+        steps.append(ReferenceStep(sum(losses) / len(losses), norm.item(), clipped))
     return steps, {name: parameter.detach() for name, parameter in masters.items()}
