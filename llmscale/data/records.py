@@ -1,9 +1,8 @@
-"""The small JSON files of a dataset: typed, checked when they are read, on disk when they are written."""
+"""The small JSON files of a dataset: typed, and checked when they are read."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,11 +38,3 @@ def read_record(kind: type[R], path: Path, fix: str, sha256: str | None = None) 
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise DataError(f"{path}: {where}: {first['msg']}; {fix}") from None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

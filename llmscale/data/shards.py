@@ -30,10 +30,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmscale.data.durable import ArrayTar, partial, reopen, sync, write_whole
+from llmscale.data.records import Record
 from llmscale.data.store import plain_name
 from llmscale.errors import DataError
 
@@ -46,14 +47,10 @@ _MOST_SHARD_BYTES = 1 << 42
 _MOST_SAMPLE_TOKENS = 1 << 30
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+R = TypeVar("R", bound=Record)
 
 
-R = TypeVar("R", bound=_Record)
-
-
-class Card(_Record):
+class Card(Record):
     """What a split is: card.json."""
 
     format: Literal["llmscale-tokens"] = "llmscale-tokens"
@@ -78,7 +75,7 @@ class Card(_Record):
     deduplication: Deduplication | None = None
 
 
-class Deduplication(_Record):
+class Deduplication(Record):
     """How duplicates were removed when a dataset was built, and how many; of all splits together."""
 
     method: Literal["exact", "near"]
@@ -91,7 +88,7 @@ class Deduplication(_Record):
     near_removed: int = 0
 
 
-class Shard(_Record):
+class Shard(Record):
     """A tar file, in index.json. offsets: first byte of each sample's tokens.
 
     checksums: CRC-32 of each sample's tokens and documents. name: that of a file beside the index, and no path.
@@ -119,7 +116,7 @@ class Shard(_Record):
         return self
 
 
-class Index(_Record):
+class Index(Record):
     """Where everything stands: index.json."""
 
     shards: list[Shard]
@@ -147,7 +144,7 @@ class OpenShard(BaseModel):
     checksums: list[int] = Field(default_factory=list)
 
 
-class WriterState(_Record):
+class WriterState(Record):
     """Where a SplitWriter is, between two calls of add, so that another one can go on there."""
 
     documents: int = 0

@@ -23,8 +23,9 @@ from typing import BinaryIO, Literal
 
 from pydantic import Field
 
+from llmscale.data.durable import write_whole
 from llmscale.data.inputs import find
-from llmscale.data.records import Record, read_record, write_file
+from llmscale.data.records import Record, read_record
 from llmscale.data.tars import samples
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
@@ -201,9 +202,9 @@ def describe(
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "card.json").unlink(missing_ok=True)
-        write_file(output / "tokenizer.json", loaded.content)
-        write_file(output / "index.json", index)
-        write_file(output / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
+        write_whole(output / "tokenizer.json", loaded.content)
+        write_whole(output / "index.json", index)
+        write_whole(output / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error.strerror or error}; name another --output") from None
     return card
