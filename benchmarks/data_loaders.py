@@ -1,453 +1,348 @@
-"""How fast other loaders give the same shuffled sequences of tokens, side by side with llmscale's.
+"""How fast loaders give the same shuffled sequences of tokens, side by side with llmscale's stream.
 
-    python -m venv /tmp/loaders && /tmp/loaders/bin/pip install -r benchmarks/data_loaders.txt .
-    OMP_NUM_THREADS=1 /tmp/loaders/bin/python -m benchmarks.data_loaders
+    python -m venv loaders && loaders/bin/pip install -r benchmarks/data_loaders.txt .
+    loaders/bin/python -m benchmarks.data_loaders
 
-The task: random tokens, uint16 on disk, in sequences of 4,096 + 1, shuffled, handed over as int64 [batch, 4097]. Every
-contender has the same tokens, in its own format, written as its documentation recommends, and each reads them in a
-process of its own; the processes take turns, round by round. Figures are medians of the rounds:
+The task: tokens drawn at random, uint16 on disk, in sequences of 4,096 + 1, given shuffled as int64 [batch, 4097]. Every
+contender has written the same tokens in its own format (`data_contenders.py` says how each is set up, and why):
+24 shards of 8 MiB of tokens, so that two workers have equally many. One that is not installed is left out.
 
-- warm: million tokens a second from the page cache, in batches of 8 and of 64, on one core and on two. On two cores
-  llmscale reads ahead in its thread, the others in two DataLoader workers;
-- cold: the same, batches of 64, after the files were dropped from the page cache (posix_fadvise);
-- first batch: from an open interpreter with everything imported to the first batch of 64, for 10,000 small shards;
-- memory: how much the process has grown after the warm measurements, in MiB, file mappings not counted.
+Each contender is imported in a process of its own, of which every measurement is a fork, held to the cores that it is
+given. Contenders take turns, in an order that rotates by round; figures are medians of the rounds, in million tokens a
+second (a sequence is 4,096), timed from the first batch to the last:
 
-Before it counts, a contender must deliver right: the sum of all tokens of an epoch is compared with what was written.
+- first pass: all of the data, from the page cache, in batches of 64. llmscale checks every sample in it;
+- warm: later passes, of at least a second or as much of one pass as lasts that long, in batches of 64 and of 8;
+- cold: as the first pass, after the data was dropped from the page cache. mincore says how much of it was left there;
+- first batch, seconds: from the imported library to a batch of 64, of 10,000 shards of 4 sequences of 256. Those that
+  keep all in one file have one file here too;
+- memory, MiB: how much more anonymous and shared memory the process holds at most in a pass over 16 thousand sequences
+  of 128 tokens than before it opened them (mapped files do not count: they can be dropped at any time), and how much
+  that grows with ten times the sequences and documents.
 
-- llmscale: `Stream.read`, samples checked at their first reading as always (warm: they are checked already);
-- streaming: mosaicml-streaming's StreamingDataset over MDS shards of 64 MiB with ndarray columns, shuffle py1e (its
-  default), in torch's DataLoader;
-- litdata: StreamingDataset with a TokensLoader over chunks of 64 MiB, in its StreamingDataLoader;
-- webdataset npy, webdataset pickle: tars of 64 MiB with one sequence a sample, shuffle buffer of 1,000;
-- megatron: megatron-core's GPTDataset over one .bin/.idx of documents of 1,000 tokens, in torch's DataLoader; no masks;
-- datasets: Hugging Face datasets' memory-mapped Arrow table, rows by a shuffled list;
-- limit: random reads of one memory-mapped flat file, which knows where to read and checks nothing.
-
-megatron-energon is not here: its datasets are prepared in a dialogue and give samples through a task encoder of the
-user's own, which is what would be measured.
+What counts is right: in a pass on one core and in one on two, the tokens of all sequences without their last must be,
+each as often, those that were written.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
-import importlib.util
+import importlib
+import importlib.metadata
+import mmap
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"
 
 import numpy as np
 
+from benchmarks.data_contenders import CONTENDERS, VOCABULARY, Batch, Corpus
 from benchmarks.record import record
 
 LENGTH = 4096
-VOCABULARY = 50_257
-SHARD_BYTES = 64 << 20
-SMALL_SHARDS, SMALL_SEQUENCES, SMALL_LENGTH = 10_000, 4, 255
-PACKAGES = {
-    "llmscale": "llmscale", "llmscale loader": "llmscale", "streaming": "streaming", "litdata": "litdata",
-    "webdataset npy": "webdataset", "webdataset pickle": "webdataset", "megatron": "megatron.core",
-    "datasets": "datasets", "limit": "numpy",
-}  # fmt: skip
-SHARDED = ("llmscale", "streaming", "litdata", "webdataset npy", "webdataset pickle")
-Batches = Iterator[np.ndarray]
-
-
-def rows_of(tokens: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    """Sequences of length + 1, which overlap by one token."""
-    for start in range(0, len(tokens) - length, length):
-        yield tokens[start : start + length + 1]
-
-
-# What each contender writes. shard_rows: sequences of a shard, by which small shards are asked for.
-
-
-def write_llmscale(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    from llmscale.data.shards import SAMPLE_TOKENS, SplitWriter
-
-    folder.mkdir()
-    size = SAMPLE_TOKENS if shard_rows is None else shard_rows * length
-    shard_samples = max(1, SHARD_BYTES // (2 * size)) if shard_rows is None else 1
-    writer = SplitWriter(folder, "uint16", 0, size, shard_samples)
-    for place in range(0, len(tokens), 1000):
-        writer.add(tokens[place : place + 999], True, True)
-    writer.finish(b"{}", VOCABULARY)
-
-
-def write_streaming(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    from streaming import MDSWriter
-
-    limit = SHARD_BYTES if shard_rows is None else shard_rows * (2 * length + 60)
-    with MDSWriter(out=str(folder), columns={"tokens": "ndarray:uint16"}, size_limit=limit) as out:
-        for row in rows_of(tokens, length):
-            out.write({"tokens": row})
-
-
-def write_litdata(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    import litdata
-    from litdata.streaming import TokensLoader
-
-    rows = SHARD_BYTES // 2 // (length + 1) if shard_rows is None else shard_rows
-    litdata.optimize(
-        fn=partial(tensors_of, tokens, length), inputs=[0], output_dir=str(folder), chunk_size=rows * (length + 1),
-        item_loader=TokensLoader(block_size=length + 1), num_workers=1,
-    )  # fmt: skip
-
-
-def tensors_of(tokens: np.ndarray, length: int, _: int) -> Iterator[Any]:
-    import torch
-
-    # litdata asks whether this is a generator function: a returned generator would be one item.
-    for row in rows_of(tokens, length):
-        yield torch.from_numpy(row.copy())
-
-
-def write_webdataset(ending: str) -> Callable[[Path, np.ndarray, int, int | None], None]:
-    def write(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-        import webdataset
-
-        folder.mkdir()
-        count = shard_rows or SHARD_BYTES // (2 * length)
-        with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=count, verbose=0) as out:
-            for number, row in enumerate(rows_of(tokens, length)):
-                out.write({"__key__": f"{number:09d}", f"tokens.{ending}": row})
-
-    return write
-
-
-def write_megatron(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    folder.mkdir()
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
-    for place in range(0, len(tokens), 1000):
-        part = tokens[place : place + 1000]
-        builder.add_document(torch.from_numpy(part.astype(np.int32)), [len(part)])
-    builder.finalize(str(folder / "data.idx"))
-
-
-def write_datasets(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    from datasets import Dataset, Features, List, Value
-
-    features = Features({"tokens": List(Value("uint16"), length=length + 1)})
-    made = Dataset.from_generator(lambda: ({"tokens": row} for row in rows_of(tokens, length)), features=features)
-    made.save_to_disk(str(folder))
-
-
-def write_limit(folder: Path, tokens: np.ndarray, length: int, shard_rows: int | None) -> None:
-    folder.mkdir()
-    tokens.tofile(folder / "flat")
-
-
-# What each contender reads with: an endless or one-epoch iterator of int64 [batch, length + 1].
-
-
-def read_llmscale(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from llmscale.data.stream import Stream
-
-    stream = Stream([(str(folder), 1.0)], length, seed=1)
-    sequences = stream._sources[0].sequences or 0
-    for position in range(0, sequences - batch + 1, batch):
-        yield stream.read(np.arange(position, position + batch))
-
-
-def read_llmscale_loader(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from llmscale.data.loader import Loader
-    from llmscale.data.stream import Stream
-
-    stream = Stream([(str(folder), 1.0)], length, seed=1)
-    sequences = stream._sources[0].sequences or 0
-    with Loader(stream, batch, batches=sequences // batch, prefetch=4, collate=lambda rows: rows) as loader:
-        yield from loader
-
-
-def torch_loader(dataset: Any, batch: int, workers: int, **options: Any) -> Batches:
-    import torch
-
-    loader = torch.utils.data.DataLoader(dataset, batch, num_workers=workers, drop_last=True, **options)
-    for rows in loader:
-        yield rows.numpy()
-
-
-def stack(rows: Iterable[Any]) -> Any:
-    """Sequences of uint16 as one int64 tensor."""
-    import torch
-
-    return torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.int64))
-
-
-def stack_streaming(rows: Iterable[dict[str, Any]]) -> Any:
-    return stack(row["tokens"] for row in rows)
-
-
-def read_streaming(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from streaming import StreamingDataset
-
-    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=batch, shuffle_seed=1)
-    yield from torch_loader(dataset, batch, workers, collate_fn=stack_streaming)
-
-
-def read_litdata(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from litdata import StreamingDataLoader, StreamingDataset
-    from litdata.streaming import TokensLoader
-
-    dataset = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=length + 1), shuffle=True, seed=1)
-    for rows in StreamingDataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=stack, drop_last=True):
-        yield rows.numpy()
-
-
-def read_webdataset(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    import webdataset
-
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
-    dataset = webdataset.WebDataset(shards, shardshuffle=100, seed=1, empty_check=False).shuffle(1000).decode()
-    dataset = dataset.map(first_array).batched(batch, collation_fn=stack, partial=False)
-    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
-    for rows in loader:
-        yield rows.numpy()
-
-
-def first_array(sample: dict[str, Any]) -> Any:
-    return next(value for key, value in sample.items() if key.startswith("tokens"))
-
-
-class _NoTokenizer:
-    """What GPTDataset asks of a tokenizer."""
-
-    eod, pad, vocab_size = 0, 0, VOCABULARY
-    unique_identifiers: dict[str, str] = {"class": "none"}  # noqa: RUF012
-
-
-def read_megatron(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split, compile_helpers
-
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        compile_helpers()
-    config = GPTDatasetConfig(
-        random_seed=1, sequence_length=length, blend=None, split="1", path_to_cache=str(folder / "cache"),
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        tokenizer=_NoTokenizer(),
-    )  # fmt: skip
-    indexed = IndexedDataset(str(folder / "data"), multimodal=False, mmap=True)
-    documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
-    dataset = GPTDataset(indexed, str(folder / "data"), documents, None, Split.train, config)
-    yield from torch_loader(dataset, batch, workers, collate_fn=stack_megatron)
-
-
-def stack_megatron(rows: Iterable[dict[str, Any]]) -> Any:
-    """tokens and the last label: what the other contenders give."""
-    import torch
-
-    rows = list(rows)
-    tokens, labels = (torch.stack([row[name] for row in rows]) for name in ("tokens", "labels"))
-    return torch.cat([tokens, labels[:, -1:]], 1)
-
-
-def read_datasets(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    from datasets import load_from_disk
-
-    dataset = load_from_disk(str(folder)).with_format("numpy").shuffle(seed=1)
-    yield from torch_loader(dataset, batch, workers, collate_fn=stack_streaming)
-
-
-def read_limit(folder: Path, length: int, batch: int, workers: int) -> Batches:
-    flat = np.memmap(folder / "flat", dtype=np.uint16, mode="r")
-    count = (len(flat) - 1) // length
-    places = (np.random.default_rng(1).permutation(count) * length).tolist()
-    for start in range(0, count - batch + 1, batch):
-        out = np.empty((batch, length + 1), dtype=np.int64)
-        for row, place in enumerate(places[start : start + batch]):
-            out[row] = flat[place : place + length + 1]
-        yield out
-
-
-WRITERS = {
-    "llmscale": write_llmscale, "llmscale loader": write_llmscale, "streaming": write_streaming,
-    "litdata": write_litdata, "webdataset npy": write_webdataset("npy"), "webdataset pickle": write_webdataset("pyd"),
-    "megatron": write_megatron, "datasets": write_datasets, "limit": write_limit,
-}  # fmt: skip
-READERS = {
-    "llmscale": read_llmscale, "llmscale loader": read_llmscale_loader, "streaming": read_streaming,
-    "litdata": read_litdata, "webdataset npy": read_webdataset, "webdataset pickle": read_webdataset,
-    "megatron": read_megatron, "datasets": read_datasets, "limit": read_limit,
-}  # fmt: skip
-
-
-def resident_mib() -> float:
-    """Memory of this process that is its own: mapped files can be dropped at any time."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
-def rate(batches: Batches, batch: int, sequences: int) -> float:
-    """Million tokens a second over so many sequences, after one batch."""
+SHARD_SEQUENCES = 1024
+SMALL_LENGTH, SMALL_SHARD_SEQUENCES = 256, 4
+MEMORY_LENGTH, MEMORY_SEQUENCES = 128, 16_384
+Found = dict[str, float]
+
+
+def corpus(sequences: int, length: int, document: int, shard_sequences: int) -> Corpus:
+    """Random tokens in documents that end with 0. The last token of all is 0 too, so that every contender leaves out
+    the same one as no input, also one that shuffles documents before it cuts them."""
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY, sequences * length + 1, dtype=np.uint16)
+    tokens[document - 1 :: document] = 0
+    tokens[-1] = 0
+    return Corpus(tokens, length, document, shard_sequences)
+
+
+# The measurements, each a process.
+
+
+def census(name: str, folder: Path, length: int, batch: int, workers: int) -> Found:
+    """Whether a pass holds the tokens that were written: their counts must be those in counts.npy beside the folder."""
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for rows in CONTENDERS[name].open(folder, length, workers)(batch):
+        seen = np.asarray(rows)
+        if seen.dtype != np.int64 or seen.shape[1] != length + 1:
+            raise SystemExit(f"{name}: gives {seen.dtype} {seen.shape}")
+        counts += np.bincount(seen[:, :-1].ravel(), minlength=len(counts))
+    if wrong := int(np.abs(counts - np.load(folder.parent / "counts.npy")).sum()):
+        raise SystemExit(f"{name}: a pass of batches of {batch} by {workers} workers has {wrong} tokens wrong")
+    return {}
+
+
+def rates(name: str, folder: Path, workers: int, seconds: float) -> Found:
+    for path in files(folder):
+        path.read_bytes()
+    epoch = CONTENDERS[name].open(folder, LENGTH, workers)
+    found = {"first pass 64": rate(epoch(64))}
+    for batch in (64, 8):
+        done, spent = 0, 0.0
+        while spent < seconds:
+            count, took = timed(epoch(batch), seconds - spent)
+            done, spent = done + count, spent + took
+        found[f"warm {batch}"] = done / spent
+    return found
+
+
+def cold(name: str, folder: Path, workers: int) -> Found:
+    left = drop(folder)
+    return {"cold 64": rate(CONTENDERS[name].open(folder, LENGTH, workers)(64)), "share left in the page cache": left}
+
+
+def first_batch(name: str, folder: Path) -> Found:
+    for path in files(folder):
+        path.read_bytes()
+    begin = time.perf_counter()
+    batches = CONTENDERS[name].open(folder, SMALL_LENGTH, 0)(64)
+    next(batches)
+    return {"first batch": time.perf_counter() - begin}
+
+
+def memory(name: str, folder: Path, least: Path) -> Found:
+    """least: a little data of the same kind, read first, so that what is imported late is not counted."""
+    for _ in CONTENDERS[name].open(least, MEMORY_LENGTH, 0)(64):
+        pass
+    gc.collect()
+    before, most = resident_mib(), 0.0
+    epoch = CONTENDERS[name].open(folder, MEMORY_LENGTH, 0)
+    for number, _ in enumerate(epoch(64)):
+        if number % 16 == 0:
+            most = max(most, resident_mib())
+    return {"memory": max(most, resident_mib()) - before}
+
+
+def timed(batches: Iterator[Batch], limit: float = float("inf")) -> tuple[int, float]:
+    """(sequences, seconds) after the first batch, until the end or the limit."""
     next(batches)
     begin, done = time.perf_counter(), 0
     for rows in batches:
         done += len(rows)
-        if done >= sequences:
+        if time.perf_counter() - begin > limit:
             break
-    seconds = time.perf_counter() - begin
+    return done, time.perf_counter() - begin
+
+
+def rate(batches: Iterator[Batch]) -> float:
+    """Sequences a second."""
+    done, seconds = timed(batches)
+    return done / seconds
+
+
+def resident_mib() -> float:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssShmem:"))) / 1024
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def drop(folder: Path) -> float:
+    """Take a folder's files out of the page cache; gives the share of their pages that stayed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pages = left = 0
+    for path in files(folder):
+        with path.open("rb") as file:
+            if not (size := os.fstat(file.fileno()).st_size):
+                continue
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+                there = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
+                view = np.frombuffer(mapped, dtype=np.uint8)
+                place = ctypes.c_void_p(view.ctypes.data)
+                if libc.mincore(place, ctypes.c_size_t(size), there.ctypes.data_as(ctypes.c_void_p)):
+                    raise OSError(ctypes.get_errno(), "mincore")
+                del view
+            pages, left = pages + len(there), left + int((there & 1).sum())
+    return left / pages
+
+
+# The processes.
+
+
+class Process:
+    """A contender's process: has its modules imported, and forks for each measurement."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=_serve, args=(CONTENDERS[name].imports, theirs))
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def run(self, cores: int, measurement: Callable[..., Found], *arguments: Any) -> Found:
+        self._pipe.send((cores, measurement, arguments))
+        found: Found | None = self._pipe.recv()
+        if found is None:
+            raise SystemExit(f"{self._name}: {measurement.__name__} failed; its error is above")
+        return found
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(modules: tuple[str, ...], pipe: Connection) -> None:
+    for module in modules:
+        importlib.import_module(module)
     gc.collect()
-    return done * LENGTH / seconds / 1e6
+    pipe.send({})
+    context = multiprocessing.get_context("fork")
+    while (order := pipe.recv()) is not None:
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_measure, args=(*order, theirs))
+        child.start()
+        theirs.close()
+        try:
+            pipe.send(ours.recv())
+        except EOFError:
+            pipe.send(None)
+        child.join()
 
 
-def run(task: str, name: str, folder: str, cores: int, sequences: int, pipe: Any) -> None:
-    """One measurement, in a process of its own."""
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
-    read, place = READERS[name], Path(folder)
-    result: dict[str, float] = {}
-    workers = cores if cores > 1 else 0
-    if task == "import":
-        for _ in read(place, LENGTH, 8, 0):
-            break
-    elif task == "sum":
-        total = count = 0
-        for rows in read(place, LENGTH, 8, 0):
-            total, count = total + int(rows[:, :-1].sum()), count + len(rows)
-        result = {"sum": total, "count": count}
-    elif task == "warm":
-        for _ in read(place, LENGTH, 64, 0):  # imports, and the page cache
-            pass
-        before = resident_mib()
-        result = {f"warm{batch}": rate(read(place, LENGTH, batch, workers), batch, sequences) for batch in (8, 64)}
-        result["memory"] = resident_mib() - before
-    elif task == "cold":
-        next(read(place, LENGTH, 64, 0))
-        drop(place)
-        result = {"cold64": rate(read(place, LENGTH, 64, workers), 64, sequences)}
-    elif task == "first":
-        next(read(place.with_name(place.name + "-few"), SMALL_LENGTH, 64, 0))
-        begin = time.perf_counter()
-        next(read(place, SMALL_LENGTH, 64, 0))
-        result = {"first": time.perf_counter() - begin}
-    pipe.send(result)
-    pipe.close()
-    os._exit(0)
+def _measure(cores: int, measurement: Callable[..., Found], arguments: tuple[Any, ...], pipe: Connection) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.dup2(2, 1)  # what contenders print is not part of the result
+    pipe.send(measurement(*arguments))
 
 
-def drop(folder: Path) -> None:
-    """Take a folder's files out of the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
+def write(name: str, top: Path, shape: tuple[int, int, int, int]) -> Found:
+    """A contender's files, in a folder of its own in top."""
+    contender, made = CONTENDERS[name], corpus(*shape)
+    folder = folder_of(name, top)
+    if contender.reads and not folder.exists():
+        CONTENDERS[contender.reads].write(folder, made)
+    begin = time.perf_counter()
+    contender.write(folder, made)
+    return {"seconds": time.perf_counter() - begin}
 
 
-def measure(task: str, name: str, folder: Path, cores: int, sequences: int) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(task, name, str(folder), cores, sequences, theirs))
-    process.start()
-    theirs.close()
+def folder_of(name: str, top: Path) -> Path:
+    return top / (CONTENDERS[name].reads or name).replace(" ", "-")
+
+
+def installed(name: str) -> bool:
     try:
-        found: dict[str, float] = ours.recv()
-    except EOFError:
-        raise SystemExit(f"{name}: the measurement {task!r} failed; its error is above") from None
-    finally:
-        process.join()
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sequences", type=int, default=6000, help="of one measurement")
-    parser.add_argument("--contenders", nargs="+", choices=list(READERS), default=list(READERS))
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    names = []
-    for name in options.contenders:
-        if importlib.util.find_spec(PACKAGES[name].partition(".")[0]) is None:
-            print(f"{name}: left out, {PACKAGES[name]} is not installed", file=sys.stderr)
-        else:
-            names.append(name)
-    draw = np.random.default_rng(0)
-    count = options.tokens // LENGTH // 64 * 64
-    tokens = draw.integers(1, VOCABULARY, count * LENGTH + 1, dtype=np.uint16)
-    tokens[999::1000] = 0  # the ends of documents, where there are documents
-    small = draw.integers(1, VOCABULARY, SMALL_SHARDS * SMALL_SEQUENCES * SMALL_LENGTH + 1, dtype=np.uint16)
-    results: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    with tempfile.TemporaryDirectory() as top:
-        folders = {}
-        for name in names:
-            print(f"{name}: writing", file=sys.stderr)
-            same = "llmscale" if name == "llmscale loader" and "llmscale" in names else name
-            folders[name] = Path(top, same.replace(" ", "-"))
-            if not folders[name].exists():
-                WRITERS[name](folders[name], tokens, LENGTH, None)
-            found = measure("sum", name, folders[name], 1, 0)
-            wanted = int(tokens[: count * LENGTH].sum(dtype=np.int64))
-            # Which one token is no input is not the same for all: megatron shuffles documents before it cuts.
-            if found["count"] == count and abs(found["sum"] - wanted) > 2**16:
-                raise SystemExit(f"{name}: an epoch's tokens add up to {found['sum']}, not {wanted}")
-            if abs(found["count"] - count) > 64:
-                raise SystemExit(f"{name}: an epoch has {found['count']} sequences, not {count}")
-        for name in [name for name in SHARDED if name in names]:
-            print(f"{name}: writing {SMALL_SHARDS} shards", file=sys.stderr)
-            folder = Path(top, f"small-{name.replace(' ', '-')}")
-            WRITERS[name](folder, small, SMALL_LENGTH, SMALL_SEQUENCES)
-            few = small[: 40 * SMALL_SEQUENCES * SMALL_LENGTH + 1]
-            WRITERS[name](folder.with_name(folder.name + "-few"), few, SMALL_LENGTH, SMALL_SEQUENCES)
-        for number in range(options.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                print(f"round {number + 1}: {name}", file=sys.stderr)
-                for cores in (1, 2):
-                    for task in ("warm", "cold"):
-                        found = measure(task, name, folders[name], cores, options.sequences)
-                        for key, value in found.items():
-                            results[name].setdefault(f"{key}, {cores} core(s)", []).append(value)
-                if name in SHARDED:
-                    folder = Path(top, f"small-{name.replace(' ', '-')}")
-                    results[name].setdefault("first", []).append(measure("first", name, folder, 1, 0)["first"])
-    print(table(results))
-    versions = [package for package in ("numpy", "torch", "mosaicml-streaming", "litdata", "webdataset",
-                                        "megatron-core", "datasets") if _there(package)]  # fmt: skip
-    print(record("data_loaders", {"tokens": count * LENGTH, "sequence_length": LENGTH, **results}, versions,
-                 options.output))  # fmt: skip
-
-
-def _there(package: str) -> bool:
-    import importlib.metadata
-
-    try:
-        importlib.metadata.version(package)
+        importlib.metadata.version(CONTENDERS[name].distribution)
     except importlib.metadata.PackageNotFoundError:
+        print(f"{name}: left out, {CONTENDERS[name].distribution} is not installed", file=sys.stderr)
         return False
     return True
 
 
+def prepare(top: Path, processes: dict[str, Process], shapes: dict[str, tuple[int, int, int, int]]) -> None:
+    """Write all data, as two contenders at a time; those that read another's after it."""
+
+    def run(name: str) -> None:
+        for kind, shape in shapes.items():
+            found = processes[name].run(2, write, name, top / kind, shape)
+            say(f"{name}: wrote {kind} in {found['seconds']:.1f} s")
+
+    for kind, shape in shapes.items():
+        (top / kind).mkdir()
+        counts = np.bincount(corpus(*shape).tokens[:-1], minlength=1 << 16)
+        np.save(top / kind / "counts.npy", counts)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [name for name in processes if not CONTENDERS[name].reads]))
+        list(pool.map(run, [name for name in processes if CONTENDERS[name].reads]))
+
+
+def measure(top: Path, processes: dict[str, Process], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    results: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in processes}
+    names = list(processes)
+    for name, process in processes.items():
+        say(f"{name}: checked")
+        for batch, workers in ((8, 0), (64, 2)):
+            process.run(2, census, name, folder_of(name, top / "large"), LENGTH, batch, workers)
+        for kind in ("few", "many"):
+            data, least = folder_of(name, top / kind), folder_of(name, top / "least")
+            results[name][f"memory, {kind}"].append(process.run(1, memory, name, data, least)["memory"])
+    for number in range(options.rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            say(f"round {number + 1}: {name}")
+            large, small = folder_of(name, top / "large"), folder_of(name, top / "small")
+            found = {("", key): value for key, value in processes[name].run(1, first_batch, name, small).items()}
+            for cores, workers in ((1, 0), (2, 2)):
+                for part in (
+                    processes[name].run(cores, rates, name, large, workers, options.seconds),
+                    processes[name].run(cores, cold, name, large, workers),
+                ):
+                    found |= {(f", {cores} cores", key): value for key, value in part.items()}
+            for (where, key), value in found.items():
+                results[name][key + where].append(value)
+    return results
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def table(results: dict[str, dict[str, list[float]]]) -> str:
-    columns = [
-        ("warm, b 8", "warm8, 1 core(s)"), ("warm, b 64", "warm64, 1 core(s)"), ("cold", "cold64, 1 core(s)"),
-        ("2 cores, b 8", "warm8, 2 core(s)"), ("2 cores, b 64", "warm64, 2 core(s)"), ("first batch, s", "first"),
-        ("memory, MiB", "memory, 1 core(s)"),
-    ]  # fmt: skip
-    lines = ["| contender | " + " | ".join(title for title, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    rated = [f"{what}, {cores} cores" for cores in (1, 2) for what in ("first pass 64", "warm 64", "warm 8", "cold 64")]
+    titles = [*rated, "first batch, s", "memory, MiB", "with ten times the data, MiB"]
+    lines = ["| million tokens/s | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     for name, found in results.items():
-        cells = [f"{statistics.median(found[key]):.3g}" if key in found else "" for _, key in columns]
+        cells = [f"{statistics.median(found[key]) * LENGTH / 1e6:.0f}" for key in rated]
+        cells += [f"{statistics.median(found['first batch']):.3f}"]
+        cells += [f"{statistics.median(found[f'memory, {kind}']):.1f}" for kind in ("few", "many")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "llmscale" in results:
+        lines += ["", "llmscale's rate is that of another, times (median of the rounds):", ""]
+        lines += ["| | " + " | ".join(rated) + " |", "|---|" + "---:|" * len(rated)]
+        for name in [name for name in results if name != "llmscale"]:
+            pairs = [zip(results["llmscale"][key], results[name][key], strict=True) for key in rated]
+            cells = [f"{statistics.median(ours / theirs for ours, theirs in pair):.2g}" for pair in pairs]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=24, help=f"of {SHARD_SEQUENCES} sequences of {LENGTH}; even")
+    parser.add_argument("--small-shards", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a warm measurement")
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    names = [name for name in options.contenders if installed(name)]
+    shapes = {
+        "large": (options.shards * SHARD_SEQUENCES, LENGTH, 1000, SHARD_SEQUENCES),
+        "small": (options.small_shards * SMALL_SHARD_SEQUENCES, SMALL_LENGTH, 100, SMALL_SHARD_SEQUENCES),
+        "least": (256, MEMORY_LENGTH, 100, 128),
+        "few": (MEMORY_SEQUENCES, MEMORY_LENGTH, 100, MEMORY_SEQUENCES // 8),
+        "many": (10 * MEMORY_SEQUENCES, MEMORY_LENGTH, 100, MEMORY_SEQUENCES // 8),
+    }
+    processes = {name: Process(name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), processes, shapes)
+        results = measure(Path(folder), processes, options)
+    for process in processes.values():
+        process.close()
+    print(table(results))
+    packages = sorted({CONTENDERS[name].distribution for name in names})
+    raw = {"sequence_length": LENGTH, "sequences": shapes["large"][0], "rates": "sequences/s", "contenders": results}
+    print(record("data_loaders", raw, packages, options.output))
 
 
 if __name__ == "__main__":
