@@ -3,8 +3,8 @@
     python -m venv loaders && loaders/bin/pip install -r benchmarks/data_loaders.txt .
     loaders/bin/python -m benchmarks.data_loaders
 
-The task: tokens drawn at random, uint16 on disk, in sequences of 4,096 + 1, given shuffled as int64 [batch, 4097]. Every
-contender has written the same tokens in its own format (`data_contenders.py` says how each is set up, and why):
+The task: tokens drawn at random, uint16 on disk, in sequences of 4,096 + 1, given shuffled as int64 [batch, 4097].
+Every contender has written the same tokens in its own format (`data_contenders.py` says how each is set up, and why):
 24 shards of 8 MiB of tokens, so that two workers have equally many. One that is not installed is left out.
 
 Each contender is imported in a process of its own, of which every measurement is a fork, held to the cores that it is
