@@ -73,3 +73,7 @@ class TrainingError(LlmscaleError):
     """The run cannot go on."""
 
     everywhere = True
+
+
+class ConversionError(LlmscaleError):
+    """A model cannot be brought from one format into the other, or did not come out equal."""

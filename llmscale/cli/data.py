@@ -17,7 +17,7 @@ from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress, Summary
-    from llmscale.data.text_shards import TextCard
+    from llmscale.data.text_shards import TextCard, TextSplit
 
 
 @click.group()
@@ -206,13 +206,13 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
     from llmscale.data.inspect import describe, histogram, plot_histogram
     from llmscale.data.text_shards import TextSplit, is_text
 
-    if is_text(Path(place)):
-        described = TextSplit(Path(place))
+    if is_text(place):
+        described = TextSplit(place)
         if as_json:
             click.echo(json.dumps([{"folder": place, **described.card.model_dump()}]))
             return
         click.echo(_described(place, described.card))
-        for number, document in enumerate(described.texts(0)[:documents], 1):
+        for number, document in enumerate(_first(described, documents), 1):
             click.echo(f"  document {number}, from its beginning:")
             click.echo("\n".join(f"    | {line}" for line in document[:400].splitlines()))
         return
@@ -331,6 +331,16 @@ def describe(
     click.echo(_described(str(output), card))
     if card.streams < streams:
         click.echo(f"  {streams} streams were asked for, and the text has {card.pieces} piece(s): one a stream")
+
+
+def _first(described: TextSplit, documents: int) -> list[str]:
+    """The first documents of a description's first piece."""
+    from llmscale.data.quarantine import Broken, message
+
+    try:
+        return [data.decode("utf-8", errors="replace") for data in described.documents(0)[:documents]]
+    except Broken as broken:
+        raise DataError(message(described, broken)) from None
 
 
 def _described(place: str, card: TextCard) -> str:

@@ -191,6 +191,14 @@ def pieces(part: Part, text_key: str) -> Iterator[Piece]:
         first = False
 
 
+def texts(data: bytes) -> Iterator[tuple[str, bool]]:
+    """A document in pieces: (text, whether it goes on from the one before). Bytes that are not UTF-8 become U+FFFD."""
+    continues = False
+    for block, _ in _pieces(io.BytesIO(data)):
+        yield block.decode("utf-8", errors="replace"), continues
+        continues = True
+
+
 def _json_text(part: Part, key: str) -> tuple[bytes, int]:
     """The document of a line as UTF-8, and how many characters had to be replaced."""
     line = part.data.decode("utf-8", errors="replace")

@@ -1,79 +1,109 @@
-"""Samples that are broken: named when they end the run, counted and written down when they are left out.
+"""What is broken in a source: named when it ends the run, counted and written down when it is left out.
 
-The report is one JSON object a line, {"shard", "sample", "reason", "url"}; every rank appends the samples that it met.
+A unit is what is left out as one: a sample of token shards, a piece of text shards. The report is one JSON object a
+line, {"shard", "sample" or "piece", "reason", "url"}; every rank appends what it met.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import threading
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
-from llmscale.data.shards import REBUILD, sample_key
-from llmscale.data.split import Split
 from llmscale.errors import DataError
 
 OnError = Literal["stop", "skip"]
 
 
 class Broken(Exception):
-    """A sample cannot be used."""
+    """A unit cannot be used."""
 
-    def __init__(self, sample: int, shard: str, reason: str) -> None:
+    def __init__(self, unit: int, shard: str, reason: str) -> None:
         super().__init__(reason)
-        self.sample = sample
+        self.unit = unit
         self.shard = shard
         self.reason = reason
 
 
-class Quarantine:
-    """The broken samples of one source, as far as this process has met them."""
+class Units(Protocol):
+    """What a source is made of, in words."""
 
-    def __init__(self, split: Split, on_error: OnError, max_skipped: float, report: Path | None) -> None:
-        """max_skipped: the share of the split's samples that may be left out; one always may."""
-        self._split = split
+    unit: ClassVar[str]
+    fix: ClassVar[str]
+    """What to do where one is broken."""
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+
+    def unit_name(self, number: int) -> str:
+        """What to call one beside its shard."""
+
+    def where(self, name: str) -> str:
+        """What to call a shard: its path, or its URL."""
+
+
+def message(source: Units, broken: Broken) -> str:
+    """What ends the run."""
+    return f"{_said(source, broken)}; {source.fix}"
+
+
+def _said(source: Units, broken: Broken) -> str:
+    return f"{source.where(broken.shard)}: {source.unit} {source.unit_name(broken.unit)}: {broken.reason}"
+
+
+class Quarantine:
+    """The broken units of one source, as far as this process has met them. Any thread may add some."""
+
+    def __init__(self, source: Units, on_error: OnError, max_skipped: float, report: Path | None) -> None:
+        """max_skipped: the share of the source's units that may be left out; one always may."""
+        self._source = source
         self._on_error = on_error
-        self._limit = max(1, int(max_skipped * split.card.samples))
+        self._limit = max(1, int(max_skipped * source.units))
         self._report = report
         self._met: set[int] = set()
+        self._adding = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._met)
 
     def add(self, broken: Broken) -> None:
-        """Stop for a broken sample, or leave it out.
+        """Stop for a broken unit, or leave it out.
 
         Raises:
-            DataError: broken samples end the run, or there are too many.
+            DataError: broken units end the run, or there are too many.
         """
-        where = self._split.where(broken.shard)
         if self._on_error == "stop":
-            raise DataError(self.message(broken))
-        if broken.sample in self._met:
-            return
-        self._met.add(broken.sample)
-        self._write(broken, where)
-        if len(self._met) > self._limit:
-            raise DataError(
-                f"{where}: sample {sample_key(broken.sample)}: {broken.reason}; {len(self._met)} samples are broken, "
-                f"and of {self._split.card.samples} at most {self._limit} may be left out; {REBUILD}, "
-                "or raise max_skipped"
-            )
+            raise DataError(message(self._source, broken))
+        with self._adding:
+            if broken.unit in self._met:
+                return
+            self._met.add(broken.unit)
+            self._write(broken)
+            if len(self._met) > self._limit:
+                raise DataError(
+                    f"{_said(self._source, broken)}; {len(self._met)} {self._source.unit}s are broken, and of "
+                    f"{self._source.units} at most {self._limit} may be left out; {self._source.fix}, or raise "
+                    "data.max_skipped"
+                )
 
-    def message(self, broken: Broken) -> str:
-        """What ends the run."""
-        return f"{self._split.where(broken.shard)}: sample {sample_key(broken.sample)}: {broken.reason}; {REBUILD}"
-
-    def _write(self, broken: Broken, where: str) -> None:
+    def _write(self, broken: Broken) -> None:
         if self._report is None:
             return
-        line = {"shard": broken.shard, "sample": sample_key(broken.sample), "reason": broken.reason, "url": where}
+        line = {
+            "shard": broken.shard,
+            self._source.unit: self._source.unit_name(broken.unit),
+            "reason": broken.reason,
+            "url": self._source.where(broken.shard),
+        }
         try:
+            self._report.parent.mkdir(parents=True, exist_ok=True)
             with self._report.open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise DataError(
-                f"{self._report}: the report of broken samples cannot be written: {error.strerror}"
+                f"{self._report}: the report of what is broken cannot be written: {error.strerror}"
             ) from None

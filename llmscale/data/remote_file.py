@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from typing import Any, BinaryIO, cast
 
-from llmscale.data.store import Counters, Doubtful, Patience, UrlStore
+from llmscale.data.store import Counters, Doubtful, Patience, UrlStore, split_url
 
 _BUFFER = 4 << 20
 
@@ -28,8 +28,7 @@ def open_remote(url: str, size: int, seekable: bool) -> BinaryIO:
 
 class _Remote(io.RawIOBase):
     def __init__(self, url: str, size: int, patience: Patience | None = None) -> None:
-        folder, _, self._name = url.rpartition("/")
-        folder = folder if not folder.endswith(":/") else f"{folder}/"  # memory://name
+        folder, self._name = split_url(url)
         self._patience = patience or Patience()
         self._store = UrlStore(folder, self._patience, Counters())
         self._size = size

@@ -10,13 +10,24 @@ from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from llmscale.data.cache import Cache
 from llmscale.data.pipe_store import PipeStore, open_store
-from llmscale.data.shards import INDEX_HEAD, INDEX_TAIL, NPY_HEADER, REBUILD, Card, Index, Shard, Tokens, parse
+from llmscale.data.shards import (
+    INDEX_HEAD,
+    INDEX_TAIL,
+    NPY_HEADER,
+    REBUILD,
+    Card,
+    Index,
+    Shard,
+    Tokens,
+    parse,
+    sample_key,
+)
 from llmscale.data.store import Missing, Patience, UrlStore, is_remote
 from llmscale.errors import DataError, UsageError
 
@@ -29,6 +40,9 @@ _DOCUMENTS = b"\x93NUMPY\x01\x00v\x00{'descr': '<u4', 'fortran_order': False, 's
 
 class Split:
     """One split: its card and index, read and checked against each other. The shards are not touched."""
+
+    unit: ClassVar[str] = "sample"
+    fix: ClassVar[str] = REBUILD
 
     def __init__(self, place: str | Path, cache: Cache | None = None, patience: Patience | None = None) -> None:
         """place: a folder, an fsspec URL or pipe:COMMAND (`store.py`). cache: where a remote split is kept."""
@@ -67,6 +81,15 @@ class Split:
     def where(self, name: str) -> str:
         """What to call one of its files in a message: its path, or its URL."""
         return self.store.where(name) if self.store else str(self.folder / name)
+
+    @property
+    def units(self) -> int:
+        """Samples."""
+        return self.card.samples
+
+    def unit_name(self, number: int) -> str:
+        """A sample's key."""
+        return sample_key(number)
 
     def sample_length(self, sample: int) -> int:
         """Tokens of a sample."""

@@ -97,6 +97,13 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
     return text.startswith("pipe:") or ("://" in text and not text.startswith(("file://", "local://")))
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """(folder, name) of a file's URL; a query belongs to the name."""
+    path, mark, query = url.partition("?")
+    folder, _, name = path.rpartition("/")
+    return folder if not folder.endswith(":/") else f"{folder}/", name + mark + query  # memory://name
+
+
 def plain_name(name: str) -> bool:
     """Whether a name is that of a file, with nothing in it that leads elsewhere or that a shell would read."""
     return _PLAIN_NAME.fullmatch(name) is not None

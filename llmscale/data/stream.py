@@ -10,7 +10,8 @@ at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class Stream:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
         self._reading = reading or Reading()
-        cache = Cache(self._reading.cache, self._reading.cache_bytes) if any(map(is_remote, self._paths)) else None
+        cache = functools.cache(lambda: Cache(self._reading.cache, self._reading.cache_bytes))
         limit = max(8, _OPEN_SHARDS // len(sources))
         self._sources = [open_source(path, sequence_length, seed, limit, cache, self._reading) for path in self._paths]
         first = self._sources[0]
@@ -223,12 +224,12 @@ class Stream:
 
 
 def open_source(
-    place: str, sequence_length: int, seed: int, open_shards: int, cache: Cache | None, reading: Reading
+    place: str, sequence_length: int, seed: int, open_shards: int, cache: Callable[[], Cache], reading: Reading
 ) -> Source:
-    """The source that the card.json there says it is."""
-    if not is_remote(place) and is_text(Path(place)):
+    """The source that the card.json there says it is. cache: of the node, opened when something has to be fetched."""
+    if is_text(place):
         return TextSource(
-            TextSplit(Path(place)),
+            TextSplit(place, cache),
             sequence_length,
             seed,
             workers=reading.workers,
@@ -237,7 +238,7 @@ def open_source(
             report=reading.report,
         )
     return TokenSource(
-        Split(place, cache),
+        Split(place, cache() if is_remote(place) else None),
         sequence_length,
         seed,
         open_shards,

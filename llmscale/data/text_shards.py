@@ -4,9 +4,10 @@
     DIR/index.json       the shards, and the pieces that each is read in: byte offsets, documents, checksums
     DIR/tokenizer.json   the tokenizer to use
 
-The shards stay where they are, and as they are: tars whose samples hold a text (.txt, or .json with a text key). A
-piece is a run of whole samples of about PIECE_BYTES: the least that is read, checked and shuffled as one. A tar is read
-once to find them; the index has about 70 bytes for each.
+The shards stay where they are, here or wherever fsspec can read, and as they are: tars whose samples hold a text (.txt,
+or .json with a text key). A piece is a run of whole samples of about PIECE_BYTES: the least that is read, checked and
+shuffled as one. A tar is read once to find them; the index has about 70 bytes for each. Pieces of a store go through
+the cache of the node (`cache.py`). The description may lie in a store as well.
 """
 
 from __future__ import annotations
@@ -16,23 +17,31 @@ import io
 import json
 import os
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from llmscale.data.cache import Cache
 from llmscale.data.durable import write_whole
-from llmscale.data.inputs import find
+from llmscale.data.inputs import InputFile, find
+from llmscale.data.pipe_store import open_store
+from llmscale.data.quarantine import Broken
 from llmscale.data.records import Record, read_record
+from llmscale.data.store import Counters, Damaged, Missing, Patience, UrlStore, is_remote, split_url
 from llmscale.data.tars import samples
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
+DESCRIBE = "copy the file again, or describe the shards again with `llmscale data describe`"
 TEXT_FORMAT = "llmscale-text"
 PIECE_BYTES = 512 << 10
 STREAMS = 64
+_MOST_CARD_BYTES = 1 << 28
+_MOST_INDEX_BYTES = 1 << 32
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -66,7 +75,7 @@ class Piece(Record):
 
 
 class TextShard(Record):
-    """A tar file. path: relative to the description's folder where it is given so."""
+    """A tar file. path: a URL, or a path, relative to the description where it is given so."""
 
     path: str
     bytes: int
@@ -79,11 +88,15 @@ class TextIndex(Record):
     shards: list[TextShard]
 
 
-def is_text(folder: Path) -> bool:
-    """Whether a folder says that it describes text."""
+def is_text(place: str | Path) -> bool:
+    """Whether what lies in a folder or at a URL says that it describes text."""
     try:
-        card = json.loads((folder / "card.json").read_bytes())
-    except (OSError, ValueError):
+        if is_remote(place):
+            store = open_store(str(place), Patience(), Counters())
+            card = json.loads(store.read_all("card.json", _MOST_CARD_BYTES))
+        else:
+            card = json.loads((Path(place) / "card.json").read_bytes())
+    except (OSError, ValueError, Missing):
         return False
     return isinstance(card, dict) and card.get("format") == TEXT_FORMAT
 
@@ -91,49 +104,148 @@ def is_text(folder: Path) -> bool:
 class TextSplit:
     """A description, read back. The shards are not touched."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.card = read_record(TextCard, folder / "card.json", DESCRIBE)
-        self.shards = tuple(read_record(TextIndex, folder / "index.json", DESCRIBE, self.card.index_sha256).shards)
+    unit: ClassVar[str] = "piece"
+    fix: ClassVar[str] = DESCRIBE
+
+    def __init__(
+        self, place: str | Path, open_cache: Callable[[], Cache] = Cache, patience: Patience | None = None
+    ) -> None:
+        """place: a folder or an fsspec URL. open_cache: gives what keeps that which lies in stores; called at need."""
+        self.place = str(place).removeprefix("file://")
+        self._open_cache = open_cache
+        self.cache: Cache | None = None
+        self._patience = patience or Patience()
+        self._stores: dict[str, UrlStore] = {}
+        self._opening = threading.Lock()
+        self.folder = self._copy() if is_remote(self.place) else Path(self.place)
+        self.card = read_record(TextCard, self.folder / "card.json", DESCRIBE)
+        self.shards = tuple(read_record(TextIndex, self.folder / "index.json", DESCRIBE, self.card.index_sha256).shards)
         self.pieces = tuple((shard, piece) for shard in self.shards for piece in shard.pieces)
         if len(self.pieces) != self.card.pieces:
-            raise DataError(f"{folder}: {len(self.pieces)} pieces, card.json says {self.card.pieces}; {DESCRIBE}")
+            raise DataError(f"{place}: {len(self.pieces)} pieces, card.json says {self.card.pieces}; {DESCRIBE}")
+        self.remote = any(is_remote(self.where(shard.path)) for shard in self.shards)
+        if self.remote and self.cache is None:
+            self.cache = open_cache()
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer.json to use."""
+        """The tokenizer.json to use; of a description in a store, a copy of it."""
         return self.folder / "tokenizer.json"
 
-    def path(self, shard: TextShard) -> Path:
-        """Where a shard lies."""
-        return self.folder / shard.path
+    @property
+    def units(self) -> int:
+        """Pieces."""
+        return self.card.pieces
 
-    def texts(self, number: int) -> list[str]:
-        """The documents of a piece, in the order of the tar. Bytes that are not UTF-8 become U+FFFD.
+    def unit_name(self, number: int) -> str:
+        """Where a piece stands in its shard."""
+        piece = self.pieces[number][1]
+        return f"at byte {piece.offset} ({piece.bytes} bytes)"
+
+    def where(self, name: str) -> str:
+        """A shard's path or URL."""
+        if is_remote(name):
+            return name
+        if is_remote(self.place):
+            scheme, mark, path = self.place.partition("://")
+            return scheme + mark + os.path.normpath(f"{path}/{name}")
+        return str(self.folder / name)
+
+    def documents(self, number: int) -> list[bytes]:
+        """The documents of a piece, in the order of the tar: UTF-8, as good as it was.
 
         Raises:
-            DataError: the shard is missing, has changed, or is damaged.
+            Broken: the shard is missing, has changed, or is damaged. DataError: its store cannot be reached.
         """
         shard, piece = self.pieces[number]
-        path = self.path(shard)
+        where = self.where(shard.path)
+        data = self._fetched(number, where) if is_remote(where) else self._read(number, Path(where))
+        if problem := _problem(data, piece):
+            raise Broken(number, shard.path, problem)
+        try:
+            return [one.data for one in samples(where, io.BytesIO(data + _END), self.card.text_key)]
+        except DataError as error:  # it was so when it was described: another version of this program may refuse more
+            raise Broken(number, shard.path, str(error)) from None
+
+    def close(self) -> None:
+        """Make no further attempts to reach a store."""
+        for store in self._stores.values():
+            store.close()
+
+    def _read(self, number: int, path: Path) -> bytes:
+        shard, piece = self.pieces[number]
         try:
             with path.open("rb") as file:
                 if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                    raise DataError(f"{path}: has {size} bytes, had {shard.bytes} when it was described; {DESCRIBE}")
+                    raise Broken(
+                        number, shard.path, f"the shard has {size} bytes, had {shard.bytes} when it was described"
+                    )
                 file.seek(piece.offset)
-                data = file.read(piece.bytes)
+                return file.read(piece.bytes)
+        except FileNotFoundError:
+            raise Broken(number, shard.path, "the shard is missing") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {DESCRIBE}") from None
-        if zlib.crc32(data) != piece.checksum:
-            place = f"the piece of {piece.bytes} bytes at {piece.offset}"
-            raise DataError(f"{path}: {place} is not what was described (its checksum differs); {DESCRIBE}")
-        return [
-            one.data.decode("utf-8", "replace")
-            for one in samples(str(path), io.BytesIO(data + _END), self.card.text_key)
-        ]
+            raise Broken(number, shard.path, f"the shard cannot be read: {error.strerror}") from None
+
+    def _fetched(self, number: int, url: str) -> bytes:
+        """A piece of a store, through the cache; a copy there that was damaged is fetched again."""
+        shard, piece = self.pieces[number]
+        cache, key, name = cast(Cache, self.cache), self.card.index_sha256[:32], f"{number:09d}"
+        folder, file_name = split_url(url)
+        fetched = False
+
+        def fetch(file: BinaryIO) -> None:
+            nonlocal fetched
+            fetched = True
+            begin, end = piece.offset, piece.offset + piece.bytes
+            file.write(self._store(folder).read(file_name, begin, end, lambda data: _problem(data, piece)))
+
+        try:
+            data = _content(cache.get(key, name, piece.bytes, fetch))
+            if _problem(data, piece) and not fetched:
+                cache.discard(key, name)
+                data = _content(cache.get(key, name, piece.bytes, fetch))
+        except Missing:
+            raise Broken(number, shard.path, "the shard is missing") from None
+        except Damaged as error:
+            raise Broken(number, shard.path, error.reason) from None
+        cache.counters.add(cache_hits=not fetched, cache_misses=fetched)
+        return data
+
+    def _store(self, folder: str) -> UrlStore:
+        with self._opening:
+            if folder not in self._stores:
+                self._stores[folder] = UrlStore(folder, self._patience, cast(Cache, self.cache).counters)
+            return self._stores[folder]
+
+    def _copy(self) -> Path:
+        """Where the cache keeps the description itself."""
+        self.cache = cache = self._open_cache()
+        store = open_store(self.place, self._patience, cache.counters)
+        data = store.read_all("card.json", _MOST_CARD_BYTES)
+        try:
+            card = TextCard.model_validate_json(data)
+        except ValueError:
+            raise DataError(f"{store.where('card.json')}: describes no text; {DESCRIBE}") from None
+        key = hashlib.sha256(data).hexdigest()
+        for name, sha256, most in (
+            ("tokenizer.json", card.tokenizer_sha256, _MOST_CARD_BYTES),
+            ("index.json", card.index_sha256, _MOST_INDEX_BYTES),
+        ):
+            path = cache.keep(key[:32], name, sha256, lambda name=name, most=most: store.read_all(name, most))
+            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise DataError(f"{store.where(name)}: not the one that card.json was written for; {DESCRIBE}")
+        return cache.keep(key[:32], "card.json", key, lambda: data).parent
 
 
-DESCRIBE = "copy the file again, or describe the shards again with `llmscale data describe`"
+def _content(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def _problem(data: bytes, piece: Piece) -> str:
+    """What is wrong with the bytes of a piece, if anything."""
+    return "" if zlib.crc32(data) == piece.checksum else "is not what was described (its checksum differs)"
 
 
 def describe(
@@ -159,30 +271,25 @@ def describe(
     if streams < 1:
         raise UsageError(f"--streams {streams}: give at least 1")
     loaded = Tokenizer(tokenizer, end_of_document, pattern)
-    paths = []
-    for file in find(inputs, [".tar"]):
-        if (path := file.path) is None:
+    files = find(inputs, [".tar"])
+    for file in files:
+        if not file.file_name.endswith(".tar"):
             raise UsageError(
-                f"--input {file.name}: text shards are read where they lie, on this machine; copy them here"
-            )
-        paths.append(path)
-        if path.suffix != ".tar":
-            raise UsageError(
-                f"--input {path}: not a .tar file; a compressed one has to be unpacked to be read in pieces"
+                f"--input {file.name}: not a .tar file; a compressed one has to be unpacked to be read in pieces"
             )
     there = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
     if foreign := [name for name in there if name not in ("card.json", "index.json", "tokenizer.json")]:
         raise UsageError(f"--output {output}: holds {foreign[0]!r}, which is no description; name another folder")
-    total, done, documents = sum(path.stat().st_size for path in paths), 0, 0
+    total, done, documents = sum(file.size for file in files), 0, 0
     shards = []
-    for path in paths:
-        pieces = list(_pieces(path, text_key))
-        done, documents = done + path.stat().st_size, documents + sum(piece.documents for piece in pieces)
-        shards.append(TextShard(path=_relative(path, output), bytes=path.stat().st_size, pieces=pieces))
-        report(done, total, documents)
+    for file in files:
+        shard = _shard(file, text_key, output)
+        done, documents = done + shard.bytes, documents + sum(piece.documents for piece in shard.pieces)
+        shards.append(shard)
+        report(done, max(total, done), documents)
     count = sum(len(shard.pieces) for shard in shards)
     if not documents:
-        raise DataError(f"no document in {len(paths)} shard(s); give tars with .txt or .json samples")
+        raise DataError(f"no document in {len(files)} shard(s); give tars with .txt or .json samples")
     lines = ",\n".join(shard.model_dump_json() for shard in shards)
     index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
     card = TextCard(
@@ -196,7 +303,7 @@ def describe(
         shards=len(shards),
         pieces=count,
         documents=documents,
-        bytes=total,
+        bytes=done,
         index_sha256=hashlib.sha256(index).hexdigest(),
     )
     try:
@@ -216,28 +323,57 @@ def _relative(path: Path, folder: Path) -> str:
     return os.path.relpath(whole, folder.resolve()) if parent in whole.parents else str(whole)
 
 
-def _pieces(path: Path, text_key: str) -> Iterator[Piece]:
+def _shard(about: InputFile, text_key: str, folder: Path) -> TextShard:
     """Cut a tar between samples, as soon as PIECE_BYTES are together."""
+    pieces: list[Piece] = []
+    documents = end = 0
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file, path.open("rb") as again:
-            begin = end = documents = 0
-            for sample in samples(str(path), file, text_key):
+        with about.open() as file:
+            reader = _Reader(file)
+            for sample in samples(about.name, cast(BinaryIO, reader), text_key):
                 documents, end = documents + 1, sample.end
-                if end - begin >= PIECE_BYTES:
-                    yield _piece(again, begin, end, documents)
-                    begin, documents = end, 0
+                if end - reader.begin >= PIECE_BYTES:
+                    pieces.append(reader.piece(end, documents))
+                    documents = 0
             if documents:
-                yield _piece(again, begin, end, documents)
-            if size < end + len(_END):
-                raise DataError(f"{path}: ends without the two empty blocks of a whole tar; copy it again")
+                pieces.append(reader.piece(end, documents))
+            size = reader.size()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{about.name}: cannot be read: {error.strerror or error}") from None
+    if size < end + len(_END):
+        raise DataError(f"{about.name}: ends without the two empty blocks of a whole tar; copy it again")
+    path = about.name if about.path is None else _relative(about.path, folder)
+    return TextShard(path=path, bytes=size, pieces=pieces)
 
 
-def _piece(file: BinaryIO, begin: int, end: int, documents: int) -> Piece:
-    file.seek(begin)
-    checksum, left = 0, end - begin
-    while left and (data := file.read(min(left, 1 << 20))):
-        checksum, left = zlib.crc32(data, checksum), left - len(data)
-    return Piece(offset=begin, bytes=end - begin, documents=documents, checksum=checksum)
+class _Reader:
+    """A file that is read once, from front to back, and kept until its checksum is known."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._kept = bytearray()
+        self.begin = 0
+        """Where what is kept begins."""
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self._file.read(size)
+        self._kept += data
+        return data
+
+    def piece(self, end: int, documents: int) -> Piece:
+        """What lies before `end`, which is kept no longer."""
+        length = end - self.begin
+        with memoryview(self._kept) as kept:
+            checksum = zlib.crc32(kept[:length])
+        del self._kept[:length]
+        found = Piece(offset=self.begin, bytes=length, documents=documents, checksum=checksum)
+        self.begin = end
+        return found
+
+    def size(self) -> int:
+        """Bytes of the file, which is read to its end."""
+        size = self.begin + len(self._kept)
+        while data := self._file.read(1 << 20):
+            size += len(data)
+        return size

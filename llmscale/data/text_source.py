@@ -13,8 +13,9 @@ an epoch, the row goes on. What ranks and workers do changes none of it. Where s
 by three numbers (k, window, token in it): `state` gives them for each stream, whatever the size of the data, and a
 source that was told them goes on without reading what came before.
 
-A window is tokenised in chunks of CHUNK characters, ahead of the reader, by threads: the tokenizer lets go of the
-interpreter lock. About two windows of text a stream are in memory.
+A window is tokenised in chunks of CHUNK bytes, ahead of the reader, by threads: the tokenizer lets go of the
+interpreter lock. About two windows of text a stream are in memory. Long documents are tokenised in the pieces, and so
+to the tokens, of `llmscale data build`. Threads of their own read the text, so that no tokenising waits for a store.
 
 Ranks share the work without talking to each other where each reads streams of its own: with this source alone in the
 mixture, and a number of streams that the data-parallel size divides. Else ranks repeat some of each other's
@@ -24,17 +25,18 @@ tokenising; the sequences are the same.
 from __future__ import annotations
 
 import bisect
-import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from llmscale.data import documents
 from llmscale.data.order import mix, permute
+from llmscale.data.quarantine import Broken, OnError, Quarantine
 from llmscale.data.shards import Tokens
 from llmscale.data.source import Integers
 from llmscale.data.text_shards import DESCRIBE, TextSplit
@@ -44,7 +46,17 @@ from llmscale.errors import DataError
 WINDOW = 4
 """Pieces: documents are shuffled over 2 MiB of text from 4 places of the source."""
 CHUNK = 64 << 10
-"""Characters that are tokenised as one: a second of work holds many, so that no reader waits long for its own."""
+"""Bytes that are tokenised as one: a second of work holds many, so that no reader waits long for its own."""
+CONNECTIONS = 16
+"""Windows that are read at the same time."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A window's documents in chunks, the first of which is being tokenised."""
+
+    chunks: list[list[bytes]]
+    first: Future[Tokens]
 
 
 class TextSource:
@@ -57,7 +69,7 @@ class TextSource:
         seed: int,
         *,
         workers: int = 2,
-        on_error: Literal["stop", "skip"] = "stop",
+        on_error: OnError = "stop",
         max_skipped: float = 0.001,
         report: Path | None = None,
     ) -> None:
@@ -72,16 +84,15 @@ class TextSource:
         self.end_of_document = card.end_of_document
         self.dtype = np.dtype(card.dtype)
         self.fingerprint = card.index_sha256
+        self.remote = split.remote
         self.sequences = None
         self.folder, self.sequence_length = split.folder, sequence_length
         self._split, self._seed = split, seed
         self._tokenizer = _tokenizer(split)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-        self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="read")
         self._tracks = [_Track(self, number) for number in range(card.streams)]
-        self._skip, self._report = on_error == "skip", report
-        self._limit = max(1, int(max_skipped * card.pieces))
-        self._skipped: set[int] = set()
+        self._quarantine = Quarantine(split, on_error, max_skipped, report)
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals into rows of out."""
@@ -114,11 +125,14 @@ class TextSource:
             track.begin(*place)
 
     def counters(self) -> dict[str, float]:
-        """What was left out."""
-        return {"skipped_samples": len(self._skipped)}
+        """What was left out, and what fetching took."""
+        fetching = self._split.cache.counters.as_dict() if self._split.cache else {}
+        return {**fetching, "skipped_samples": len(self._quarantine)}
 
     def close(self) -> None:
         """End the threads."""
+        self._split.close()
+        self._readers.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 
     def windows(self, stream: int) -> int:
@@ -126,66 +140,53 @@ class TextSource:
         pieces = len(range(stream, self._split.card.pieces, len(self._tracks)))
         return -(-pieces // WINDOW)
 
-    def load(self, stream: int, window: int) -> Future[tuple[list[list[str]], Tokens]]:
-        """Have a stream's window read: the texts of its chunks, and the tokens of the first."""
-        return self._pool.submit(self._load, stream, window)
+    def load(self, stream: int, window: int) -> Future[Loaded]:
+        """Have a stream's window read."""
+        return self._readers.submit(self._load, stream, window)
 
-    def encode(self, texts: list[str]) -> Future[Tokens]:
+    def encode(self, chunk: list[bytes]) -> Future[Tokens]:
         """Have a chunk tokenised."""
-        return self._pool.submit(self._encode, texts)
+        return self._pool.submit(self._encode, chunk)
 
-    def _load(self, stream: int, window: int) -> tuple[list[list[str]], Tokens]:
+    def _load(self, stream: int, window: int) -> Loaded:
         """window: counted over all epochs."""
         epoch, number = divmod(window, self.windows(stream))
         first = stream + number * WINDOW * len(self._tracks)
         total = self._split.card.pieces
         places = np.arange(first, total, len(self._tracks), dtype=np.int64)[:WINDOW]
-        texts: list[str] = []
+        found: list[bytes] = []
         for piece in permute(places, total, self._seed, epoch).tolist():
-            texts += self._texts(piece)
-        texts = [text for text in texts if text.strip()]
-        chunks: list[list[str]] = []
+            found += self._documents(piece)
+        chunks: list[list[bytes]] = []
         size = CHUNK
-        for index in permute(np.arange(len(texts)), len(texts), mix(self._seed) ^ stream, window) if texts else ():
+        for index in permute(np.arange(len(found)), len(found), mix(self._seed) ^ stream, window) if found else ():
             if size >= CHUNK:
                 chunks.append([])
                 size = 0
-            chunks[-1].append(texts[index])
-            size += len(texts[index])
-        return chunks, self._encode(chunks[0] if chunks else [])
+            chunks[-1].append(found[index])
+            size += len(found[index])
+        return Loaded(chunks, self.encode(chunks[0] if chunks else []))
 
-    def _encode(self, texts: list[str]) -> Tokens:
+    def _encode(self, chunk: list[bytes]) -> Tokens:
+        parts: list[Tokens] = []
         end = np.array([self.end_of_document], dtype=self.dtype)
-        parts = [part for text in texts for part in (self._tokenizer.encode(text), end)]
+        for data in chunk:
+            parts += [self._tokenizer.encode(text, continues) for text, continues in documents.texts(data)]
+            parts.append(end)
         return np.concatenate(parts) if parts else end[:0]
 
-    def _texts(self, piece: int) -> list[str]:
+    def _documents(self, piece: int) -> list[bytes]:
+        """Those of a piece that are not blank; none of one that is broken and left out."""
         try:
-            return self._split.texts(piece)
-        except DataError as error:
-            if not self._skip:
-                raise
-            self._leave_out(piece, str(error))
+            found = self._split.documents(piece)
+        except Broken as broken:
+            self._quarantine.add(broken)
             return []
+        return [data for data in found if len(data) > documents.PIECE_BYTES or _text(data).strip()]
 
-    def _leave_out(self, piece: int, reason: str) -> None:
-        with self._lock:
-            if piece in self._skipped:
-                return
-            self._skipped.add(piece)
-            shard, place = self._split.pieces[piece]
-            if self._report is not None:
-                row = {"shard": str(self._split.path(shard)), "offset": place.offset, "reason": reason}
-                self._report.parent.mkdir(parents=True, exist_ok=True)
-                # One write of one line, at the end of the file: several ranks may do so at once.
-                file = os.open(self._report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                os.write(file, (json.dumps(row) + "\n").encode())
-                os.close(file)
-            if len(self._skipped) > self._limit:
-                raise DataError(
-                    f"{reason}; {len(self._skipped)} pieces are broken, and of {len(self._split.pieces)} at most "
-                    f"{self._limit} may be left out: raise data.max_skipped to go on without them"
-                )
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
 
 
 class _Window:
@@ -205,21 +206,21 @@ class _Window:
 
     def more(self) -> bool:
         """Take the next chunk, and have those after it begun; False when there is none."""
-        texts, first = self._loading.result()
+        loaded = self._loading.result()
         number = len(self._chunks)
-        if number == len(texts):
+        if number == len(loaded.chunks):
             return False
-        for ahead in range(number + 1, min(number + 3, len(texts))):
+        for ahead in range(number + 1, min(number + 3, len(loaded.chunks))):
             if ahead not in self._coming:
-                self._coming[ahead] = self._source.encode(texts[ahead])
-        tokens = self._coming.pop(number).result() if number else first
+                self._coming[ahead] = self._source.encode(loaded.chunks[ahead])
+        tokens = (self._coming.pop(number) if number else loaded.first).result()
         self._ends.append(self.known + len(tokens))
         self._chunks.append(tokens)
         return True
 
     def near_end(self) -> bool:
         """Whether the last chunks are under way."""
-        return len(self._chunks) + 2 >= len(self._loading.result()[0])
+        return len(self._chunks) + 2 >= len(self._loading.result().chunks)
 
     def copy(self, start: int, out: Tokens) -> int:
         """Copy what is there from token `start` on; gives how many that are."""
@@ -292,7 +293,7 @@ class _Track:
             window, before = self._window(number), self._ends[-1] if self._ends else 0
             while window.known <= place - before and window.more():
                 pass
-            if window.near_end():
+            if self._source.remote or window.near_end():
                 self._window(number + 1)
             if window.known > place - before:
                 return len(self._ends)

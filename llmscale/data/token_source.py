@@ -35,7 +35,7 @@ import numpy as np
 
 from llmscale.data.cached_samples import CONNECTIONS, CachedSamples, samples_of
 from llmscale.data.order import Order
-from llmscale.data.quarantine import Broken, OnError, Quarantine
+from llmscale.data.quarantine import Broken, OnError, Quarantine, message
 from llmscale.data.shards import REBUILD, Tokens, sample_key
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
@@ -112,7 +112,7 @@ class TokenSource:
                     self._replaced += 1
                 self._copy(starts, labels, rows, out)
             except Broken as broken:
-                raise DataError(self._quarantine.message(broken)) from None
+                raise DataError(message(self._split, broken)) from None
             finally:
                 self._samples.release()
 
@@ -218,7 +218,7 @@ class TokenSource:
 
     def _leave_out(self, broken: Broken) -> None:
         self._quarantine.add(broken)
-        self._state[broken.sample] = _BROKEN
+        self._state[broken.unit] = _BROKEN
 
     def _replacement(self, epoch: int, place: int, labels: dict[int, int]) -> int:
         """Where the next sound sequence of the window begins, after this place."""

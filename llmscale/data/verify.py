@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from llmscale.data.cache import Cache
+from llmscale.data.quarantine import Broken, message
 from llmscale.data.shards import REBUILD, Shard, checksum, sample_key
 from llmscale.data.split import Split, parse_sample, splits
 from llmscale.data.store import is_remote
@@ -27,8 +28,8 @@ def verify(
     place: a folder, or the URL of a split (`store.py`), whose shards go through the cache one after another.
     report: called with (bytes checked, bytes in all) after each shard.
     """
-    if not is_remote(place) and is_text(Path(place)):
-        return _text(TextSplit(Path(place)), report)
+    if is_text(place):
+        return _text(TextSplit(place, (lambda: cache) if cache else Cache), report)
     problems: list[str] = []
     opened = []
     for one in splits(Path(place)) if not is_remote(place) else [place]:
@@ -54,7 +55,9 @@ def _text(split: TextSplit, report: Callable[[int, int], None]) -> list[str]:
     problems, done = [], 0
     for number, (_, piece) in enumerate(split.pieces):
         try:
-            split.texts(number)
+            split.documents(number)
+        except Broken as broken:
+            problems.append(message(split, broken))
         except DataError as error:
             problems.append(str(error))
         done += piece.bytes

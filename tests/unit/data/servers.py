@@ -117,8 +117,19 @@ def s3() -> Iterator[Any]:
     server.stop()
 
 
+@pytest.fixture
+def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Between fsspec and the server."""
+    with proxy_of(s3[0]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield server
+
+
 def upload(client: Any, folder: Path, prefix: str) -> str:
-    """Put a split into the bucket; gives its URL."""
+    """Put the files of a folder into the bucket; gives its URL."""
     for path in folder.iterdir():
         client.put_object(Bucket="data", Key=f"{prefix}/{path.name}", Body=path.read_bytes())
     return f"s3://data/{prefix}"

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,9 +23,9 @@ from llmscale.data.token_source import TokenSource
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 
-from .servers import Proxy, proxy_of, s3, upload
+from .servers import Proxy, proxy, s3, upload
 
-__all__ = ["s3"]
+__all__ = ["proxy", "s3"]
 ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = [(number * 7) % 50 for number in range(60)]
 LENGTH = 16
@@ -78,16 +77,6 @@ def local(folder: Path) -> np.ndarray:
 def place(s3: Any, folder: Path) -> str:
     """The URL of the same split in the store."""
     return upload(s3[1], folder, "whole")
-
-
-@pytest.fixture
-def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with proxy_of(s3[0]) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield server
 
 
 @pytest.fixture
