@@ -1,21 +1,25 @@
-"""How fast a split in a store streams, side by side with bare fsspec, which fetches the same byte ranges and drops them.
+"""How fast a split in a store streams, side by side with bare fsspec, which fetches the same ranges and drops them.
 
     python -m benchmarks.data_remote
 
-The store is moto's S3 server on the loopback, a process held to one core; readers are processes held to another. In
-turns, as often as --rounds says:
+The store is aiohttp's own file server on the loopback, which hands out ranges with sendfile: a process held to one
+core, while readers are processes held to another. (Moto's S3 server, which the tests use, makes 14 MiB/s of such
+ranges: it would hide what is measured here.) It answers as fast as it can, or after as long as the bytes take at
+--store-mib-per-second in all. In turns, as often as --rounds says:
 
-    fsspec      `cat_ranges` of s3fs, 16 at a time: all samples' ranges, in the order in which the stream needs them
+    fsspec      `cat_ranges`, 16 at a time: the ranges of all samples, shuffled
     llmscale    a pass of the `Loader` in batches of 64 with an empty cache: fetched, checked, kept on the disk, cut
 
-A third reader stands for a training loop: it takes a batch in twice the time that fsspec needs for its bytes, and says
-how long it waited for batches after the first LEAD. Rates are MiB of shards a second. Prints medians as JSON, and writes
-them to benchmarks/results/data_remote-<date>.json.
+A third reader stands for a training loop: it computes on each batch for twice the time that fsspec needs for its
+bytes, and says how long it waited for batches after the first shuffle window, and how many reads had to wait for the
+store then. Rates are MiB of shards a second. Prints medians as JSON, and writes them to
+benchmarks/results/data_remote-<date>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import multiprocessing
 import os
@@ -28,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ |= {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 import numpy as np
+import torch  # noqa: F401  # what is imported late is not to be timed
 
 from benchmarks.record import record
 from llmscale.data.cache import Cache
@@ -39,40 +43,54 @@ from llmscale.data.shards import SAMPLE_TOKENS, SplitWriter
 from llmscale.data.split import Split
 from llmscale.data.stream import Reading, Stream
 
-LENGTH, BATCH, LEAD = 4096, 64, 8
+LENGTH, BATCH = 4096, 64
+WINDOW = 64
+"""Samples; a pass has many shuffle windows then, as one over a large source has with the default one."""
+LEAD = WINDOW * SAMPLE_TOKENS // LENGTH // BATCH
+"""Batches of the first window."""
 VOCAB_SIZE = 50_257
-URL = "s3://data/split"
 Figures = dict[str, float]
 
 
-def serve(ready: Any, core: int) -> None:
-    """Moto's server, until this process is ended."""
-    from moto.server import ThreadedMotoServer
+def serve(folder: str, ready: Any, core: int, rate: float) -> None:
+    """The file server, until this process is ended. rate: bytes a second, 0 for all that it can."""
+    from aiohttp import web
 
     os.sched_setaffinity(0, [core])
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    ready.put(server.get_host_and_port()[1])
-    time.sleep(1e6)
+    free = 0.0
+    """When all bytes are out that were asked for so far."""
+
+    @web.middleware
+    async def slow(request: Any, handler: Any) -> Any:
+        nonlocal free
+        span = request.http_range
+        if rate and span.stop:
+            free = max(free, time.monotonic()) + (span.stop - span.start) / rate
+            await asyncio.sleep(free - time.monotonic())
+        return await handler(request)
+
+    async def run() -> None:
+        application = web.Application(middlewares=[slow])
+        application.router.add_static("/", folder)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ready.put(runner.addresses[0][1])
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
 
 
-def upload(folder: Path) -> None:
-    import fsspec
-
-    system = fsspec.filesystem("s3")
-    system.mkdir("data")
-    system.put(f"{folder}/", f"{URL}/", recursive=True)
-
-
-def fsspec_rate() -> Figures:
+def fsspec_rate(url: str) -> Figures:
     """The ranges of all samples, in the order of the stream."""
     import fsspec
 
     with tempfile.TemporaryDirectory() as folder:
-        split = Split(URL, Cache(Path(folder)))
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        split = Split(url, Cache(Path(folder)))
+        system = fsspec.filesystem("http", skip_instance_cache=True)
         ranges = [
-            (f"{URL}/{shard.name}", *split.region(shard, number))
+            (f"{url}/{shard.name}", *split.region(shard, number))
             for shard in split.shards
             for number in range(len(shard.offsets))
         ]
@@ -88,10 +106,10 @@ def fsspec_rate() -> Figures:
     return timed(run)
 
 
-def llmscale_rate() -> Figures:
+def llmscale_rate(url: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
-        stream = Stream([(URL, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder)))
-        batches = int(stream.epochs(1)[0] ** -1) // BATCH if stream.epochs(1)[0] else 0
+        stream = Stream([(url, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder), shuffle_window=WINDOW))
+        batches = batches_of(stream)
 
         def run() -> int:
             with Loader(stream, BATCH, batches=batches) as loader:
@@ -104,18 +122,21 @@ def llmscale_rate() -> Figures:
     return found
 
 
-def waited(seconds_a_batch: float) -> Figures:
+def waited(url: str, seconds_a_batch: float) -> Figures:
     """What a loop waits that computes for so long on each batch."""
     with tempfile.TemporaryDirectory() as folder:
-        stream = Stream([(URL, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder)))
-        batches = int(stream.epochs(1)[0] ** -1) // BATCH if stream.epochs(1)[0] else 0
-        waits = []
+        stream = Stream([(url, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder), shuffle_window=WINDOW))
+        batches = batches_of(stream)
+        waits, before = [], 0.0
         with Loader(stream, BATCH, batches=batches) as loader:
-            for _ in range(batches):
+            for number in range(batches):
+                if number == LEAD:
+                    before = stream.counters()["waits"]
                 begin = time.perf_counter()
                 next(loader)
                 waits.append(time.perf_counter() - begin)
                 time.sleep(seconds_a_batch)
+        late_reads = stream.counters()["waits"] - before
         stream.close()
     late = waits[LEAD:]
     return {
@@ -123,7 +144,14 @@ def waited(seconds_a_batch: float) -> Figures:
         "first_batch_seconds": waits[0],
         "waited_share": sum(late) / (len(late) * seconds_a_batch),
         "longest_wait_seconds": max(late),
+        "reads_that_waited_for_the_store": late_reads,
     }
+
+
+def batches_of(stream: Stream) -> int:
+    """Whole batches of one pass."""
+    (share,) = stream.epochs(1)
+    return round(1 / share) // BATCH if share else 0
 
 
 def timed(run: Callable[[], int]) -> Figures:
@@ -134,54 +162,63 @@ def timed(run: Callable[[], int]) -> Figures:
     return {"mib_per_second": mib / seconds, "cpu_seconds_per_gib": (time.process_time() - cpu) / mib * 1024}
 
 
-def measure(job: Callable[..., Figures], port: int, core: int, *arguments: float) -> Figures:
-    """A measurement in a process of its own."""
+def alone(core: int, job: Callable[..., Figures], *arguments: Any) -> Figures:
+    """A measurement in a process of its own, on this core."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_settle, initargs=(port, core)) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, [core])) as pool:
         return pool.submit(job, *arguments).result()
 
 
-def _settle(port: int, core: int) -> None:
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
-    os.sched_setaffinity(0, [core])
+def write(folder: Path, count: int) -> None:
+    """A split of so many random tokens, in documents of 1,000."""
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(1, VOCAB_SIZE, count, dtype=np.uint16)
+    writer = SplitWriter(folder, "uint16", 0, SAMPLE_TOKENS, 128)
+    for place in range(0, len(tokens), 1000):
+        writer.add(tokens[place : place + 999], True, True)
+    writer.finish(b"{}", VOCAB_SIZE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="of tokens")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--store-mib-per-second", type=float, nargs="+", default=[0.0, 64.0], help="0: unlimited")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    raw = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder, "split"), options.mib << 19)
+        for rate in options.store_mib_per_second:
+            raw[f"{rate:g} MiB/s" if rate else "unlimited"] = found = measure(Path(folder), rate, options.rounds)
+            medians = {
+                name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
+                for name, rounds in found.items()
+            }
+            pairs = zip(found["llmscale"], found["fsspec"], strict=True)
+            ratio = statistics.median(one["mib_per_second"] / other["mib_per_second"] for one, other in pairs)
+            print(json.dumps({"store": rate or "unlimited", **medians, "llmscale_to_fsspec": round(ratio, 2)}))
+    print(record("data_remote", raw, ["fsspec", "aiohttp", "numpy", "torch"], options.output))
+
+
+def measure(folder: Path, rate: float, rounds: int) -> dict[str, list[Figures]]:
+    """All readers, in turns, of a server of this rate."""
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     ready = context.Queue()
-    server = context.Process(target=serve, args=(ready, cores[-1]), daemon=True)
+    server = context.Process(target=serve, args=(str(folder), ready, cores[-1], rate * 2**20), daemon=True)
     server.start()
-    port = ready.get()
-    results: dict[str, list[Figures]] = {"fsspec": [], "llmscale": [], "loop": []}
+    url = f"http://127.0.0.1:{ready.get()}/split"
+    found: dict[str, list[Figures]] = {"fsspec": [], "llmscale": [], "loop": []}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "split").mkdir()
-            tokens = np.random.default_rng(0).integers(1, VOCAB_SIZE, options.mib << 19, dtype=np.uint16)
-            writer = SplitWriter(Path(folder, "split"), "uint16", 0, SAMPLE_TOKENS, 128)
-            for place in range(0, len(tokens), 1000):
-                writer.add(tokens[place : place + 999], True, True)
-            writer.finish(b"{}", VOCAB_SIZE)
-            _settle(port, cores[0])
-            upload(Path(folder, "split"))
-        for _ in range(options.rounds):
-            results["fsspec"].append(measure(fsspec_rate, port, cores[0]))
-            results["llmscale"].append(measure(llmscale_rate, port, cores[0]))
-            seconds = 2 * BATCH * LENGTH * 2 / 2**20 / results["fsspec"][-1]["mib_per_second"]
-            results["loop"].append(measure(waited, port, cores[0], seconds))
+        for _ in range(rounds):
+            found["fsspec"].append(alone(cores[0], fsspec_rate, url))
+            found["llmscale"].append(alone(cores[0], llmscale_rate, url))
+            seconds = 2 * BATCH * LENGTH * 2 / 2**20 / found["fsspec"][-1]["mib_per_second"]
+            found["loop"].append(alone(cores[0], waited, url, seconds))
     finally:
         server.kill()
-    for name, rounds in results.items():
-        print(json.dumps({name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}}))
-    pairs = zip(results["llmscale"], results["fsspec"], strict=True)
-    ratio = statistics.median(one["mib_per_second"] / other["mib_per_second"] for one, other in pairs)
-    print(json.dumps({"llmscale_to_fsspec": round(ratio, 2)}))
-    print(record("data_remote", results, ["fsspec", "s3fs", "aiobotocore", "moto", "numpy"], options.output))
+    return found
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ memory. With each job goes the position after it, from which reading can go on i
 many of its parts are done. Going on there proves that the files before are the same by their names, sizes and times,
 and that file by a checksum of the parts; what comes after may have changed, so that a bad line can be mended.
 
-Per second of CPU it makes 0.93 (one worker) and 0.95 (two) of what tokenizers alone makes of the same texts in memory,
-and 1.3 times what Megatron-LM's preprocessing makes (`python -m benchmarks.data_build --rounds 3 --mib 24`).
+Per second of CPU it makes 0.94 (one worker, or two) of what tokenizers alone makes of the same texts in memory, and
+1.3 times what Megatron-LM's preprocessing makes (`python -m benchmarks.data_build --rounds 3 --mib 24`).
 """
 
 from __future__ import annotations

@@ -38,11 +38,12 @@ class Fetcher:
         """Fetch these later, in this order, as far as there is room; returns at once."""
         self._start()
         with self._change:
+            before = len(self._later)
             for unit in units:
                 if unit not in self._futures and unit not in self._unread:
                     self._futures[unit] = Future()
                     self._later.append(unit)
-            self._change.notify_all()
+            self._wake(len(self._later) - before)
 
     def fetch(self, units: Iterable[int]) -> dict[int, BaseException]:
         """Fetch these now, and wait; gives what went wrong."""
@@ -59,7 +60,7 @@ class Fetcher:
                 waited[unit] = self._futures[unit]
                 self._unread.pop(unit, None)
                 self._urgent.append(unit)
-            self._change.notify_all()
+            self._wake(len(waited))
         try:
             found = {unit: future.exception() for unit, future in waited.items()}
         except CancelledError:
@@ -70,9 +71,15 @@ class Fetcher:
         """Told what has been read, which makes room to look further ahead."""
         self._start()
         with self._change:
+            before = len(self._unread)
             for unit in units:
                 self._unread.pop(unit, None)
-            self._change.notify_all()
+            self._wake(min(before - len(self._unread), len(self._later)))
+
+    def _wake(self, threads: int) -> None:
+        """Wake no more threads than there is work for: each takes the interpreter lock to look."""
+        if threads:
+            self._change.notify(threads)
 
     def under_way(self, unit: int) -> bool:
         """Whether this is being fetched, or will be."""

@@ -26,8 +26,11 @@ from llmscale.data.stream import Stream
 if TYPE_CHECKING:
     import torch
 
-LOOK_AHEAD = 1024
-"""Sequences of one rank that sources are told about before they are read, so that remote ones can fetch them."""
+LOOK_AHEAD = 1 << 14
+"""Sequences of one rank that sources are told about before they are read, so that remote ones can fetch them.
+
+The first batches of a shuffle window touch nearly all of its samples: they have to come while the one before lasts.
+"""
 T = TypeVar("T")
 Pair = tuple["torch.Tensor", "torch.Tensor"]
 
@@ -108,8 +111,8 @@ class Loader(Iterator[T], Generic[T]):
         number = told = 0
         while self._batches is None or number < self._batches:
             limit = number + 1 + ahead if self._batches is None else min(number + 1 + ahead, self._batches)
-            # Told in halves of what is ahead: it costs the arithmetic of the order each time.
-            if limit - told > ahead // 2:
+            # Told in halves of what is ahead: it costs the arithmetic of the order each time. The end is told at once.
+            if limit - told > ahead // 2 or told < limit == self._batches:
                 self._stream.look_ahead(self._positions(first, told, limit))
                 told = limit
             yield self._collate(self._stream.read(self._positions(first, number, number + 1)))

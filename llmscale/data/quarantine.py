@@ -18,13 +18,14 @@ OnError = Literal["stop", "skip"]
 
 
 class Broken(Exception):
-    """A unit cannot be used."""
+    """A unit cannot be used. whole: nor can any other of the shard, for the same reason."""
 
-    def __init__(self, unit: int, shard: str, reason: str) -> None:
+    def __init__(self, unit: int, shard: str, reason: str, whole: bool = False) -> None:
         super().__init__(reason)
         self.unit = unit
         self.shard = shard
         self.reason = reason
+        self.whole = whole
 
 
 class Units(Protocol):
@@ -51,7 +52,8 @@ def message(source: Units, broken: Broken) -> str:
 
 
 def _said(source: Units, broken: Broken) -> str:
-    return f"{source.where(broken.shard)}: {source.unit} {source.unit_name(broken.unit)}: {broken.reason}"
+    unit = "" if broken.whole else f"{source.unit} {source.unit_name(broken.unit)}: "
+    return f"{source.where(broken.shard)}: {unit}{broken.reason}"
 
 
 class Quarantine:

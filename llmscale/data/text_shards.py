@@ -20,6 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, cast
 
@@ -149,7 +150,7 @@ class TextSplit:
         if is_remote(self.place):
             scheme, mark, path = self.place.partition("://")
             return scheme + mark + os.path.normpath(f"{path}/{name}")
-        return str(self.folder / name)
+        return os.path.normpath(self.folder.resolve() / name)
 
     def documents(self, number: int) -> list[bytes]:
         """The documents of a piece, in the order of the tar: UTF-8, as good as it was.
@@ -177,15 +178,14 @@ class TextSplit:
         try:
             with path.open("rb") as file:
                 if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                    raise Broken(
-                        number, shard.path, f"the shard has {size} bytes, had {shard.bytes} when it was described"
-                    )
+                    reason = f"the shard has {size} bytes, had {shard.bytes} when it was described"
+                    raise Broken(number, shard.path, reason, whole=True)
                 file.seek(piece.offset)
                 return file.read(piece.bytes)
         except FileNotFoundError:
-            raise Broken(number, shard.path, "the shard is missing") from None
+            raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except OSError as error:
-            raise Broken(number, shard.path, f"the shard cannot be read: {error.strerror}") from None
+            raise Broken(number, shard.path, f"the shard cannot be read: {error.strerror}", whole=True) from None
 
     def _fetched(self, number: int, url: str) -> bytes:
         """A piece of a store, through the cache; a copy there that was damaged is fetched again."""
@@ -206,7 +206,7 @@ class TextSplit:
                 cache.discard(key, name)
                 data = _content(cache.get(key, name, piece.bytes, fetch))
         except Missing:
-            raise Broken(number, shard.path, "the shard is missing") from None
+            raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except Damaged as error:
             raise Broken(number, shard.path, error.reason) from None
         cache.counters.add(cache_hits=not fetched, cache_misses=fetched)
@@ -232,7 +232,7 @@ class TextSplit:
             ("tokenizer.json", card.tokenizer_sha256, _MOST_CARD_BYTES),
             ("index.json", card.index_sha256, _MOST_INDEX_BYTES),
         ):
-            path = cache.keep(key[:32], name, sha256, lambda name=name, most=most: store.read_all(name, most))
+            path = cache.keep(key[:32], name, sha256, partial(store.read_all, name, most))
             if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise DataError(f"{store.where(name)}: not the one that card.json was written for; {DESCRIBE}")
         return cache.keep(key[:32], "card.json", key, lambda: data).parent

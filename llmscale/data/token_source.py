@@ -13,9 +13,9 @@ The label that a sample's last sequence takes from the next sample is compared w
 that reads few sequences of each sample reads all of it for them, once: with hundreds of ranks on a shared file system
 verify="never" spares that, after `llmscale data verify`.
 
-Speed from a folder, one core, sequences of 4,096 of uint16, warm (`benchmarks/data_stream.py`): 0.72 G tokens/s in
-reads of 512 and 0.71 G in reads of 64, 0.76 and 0.74 of random reads of one mapped flat file; 0.46 G in reads of 8.
-The first pass, with its checks, takes two to three times as long.
+Speed from a folder, one core, sequences of 4,096 of uint16, warm (`python -m benchmarks.data_stream`): 0.88 G tokens/s
+in reads of 512 and 0.77 G in reads of 64, 0.84 and 0.73 of random reads of one mapped flat file; 0.47 G in reads of 8.
+The first pass, with its checks, makes 0.47 G.
 
 Broken samples, with on_error="skip": a sequence that takes inputs from one, or whose last label cannot be had, is
 replaced by the next sound sequence of the same window's order, which begins again at its start. That is a function of

@@ -44,6 +44,25 @@ def test_tokens_and_labels_are_tensors_one_apart(sources: Sources) -> None:
     assert np.array_equal(tokens.numpy(), Stream(sources, 16, seed=1).read(range(4))[:, :-1])
 
 
+def test_sources_are_told_of_every_sequence_before_it_is_read_and_once(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmscale.data.loader.LOOK_AHEAD", 20)
+    stream = Stream(sources, 16, seed=1)
+    told: list[int] = []
+    read = stream.read
+
+    def checked(positions: np.ndarray) -> np.ndarray:
+        assert set(positions) <= set(told)
+        assert len(told) - told.index(positions[0]) <= 30
+        return read(positions)
+
+    monkeypatch.setattr(stream, "look_ahead", lambda positions: told.extend(positions))
+    monkeypatch.setattr(stream, "read", checked)
+    rows(Loader(stream, 4, rank=1, world_size=2, position=8, batches=37, collate=keep), 37)
+    assert told == list(range(9, 9 + 37 * 4, 2))
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_sequence_once_over_any_ranks_stops_and_batch_sizes(
