@@ -169,7 +169,7 @@ class Store(ABC):
             delay = min(2 * delay, self._patience.longest_delay_seconds)
 
 
-_REACH = "check the URL, the credentials and the network, then start again: a run goes on where it was"
+_REACH = "check the URL, the credentials and the network, and start again"
 
 
 def _reason(error: Exception) -> str:

@@ -168,6 +168,11 @@ class TextSplit:
         except DataError as error:  # it was so when it was described: another version of this program may refuse more
             raise Broken(number, shard.path, str(error)) from None
 
+    def forget(self, number: int) -> None:
+        """Take a piece out of the cache, so that it is fetched again."""
+        if self.cache:
+            self.cache.discard(*self._cached(number))
+
     def close(self) -> None:
         """Make no further attempts to reach a store."""
         for store in self._stores.values():
@@ -190,7 +195,7 @@ class TextSplit:
     def _fetched(self, number: int, url: str) -> bytes:
         """A piece of a store, through the cache; a copy there that was damaged is fetched again."""
         shard, piece = self.pieces[number]
-        cache, key, name = cast(Cache, self.cache), self.card.index_sha256[:32], f"{number:09d}"
+        cache, (key, name) = cast(Cache, self.cache), self._cached(number)
         folder, file_name = split_url(url)
         fetched = False
 
@@ -211,6 +216,10 @@ class TextSplit:
             raise Broken(number, shard.path, error.reason) from None
         cache.counters.add(cache_hits=not fetched, cache_misses=fetched)
         return data
+
+    def _cached(self, number: int) -> tuple[str, str]:
+        """(key, name) of a piece in the cache."""
+        return self.card.index_sha256[:32], f"{number:09d}"
 
     def _store(self, folder: str) -> UrlStore:
         with self._opening:

@@ -54,12 +54,14 @@ def _text(split: TextSplit, report: Callable[[int, int], None]) -> list[str]:
     """All pieces of text shards that are not what was described."""
     problems, done = [], 0
     for number, (_, piece) in enumerate(split.pieces):
+        split.forget(number)
         try:
             split.documents(number)
         except Broken as broken:
             problems.append(message(split, broken))
         except DataError as error:
             problems.append(str(error))
+        split.forget(number)
         done += piece.bytes
         report(done, split.card.bytes)
     return list(dict.fromkeys(problems))
@@ -83,6 +85,7 @@ def _totals(split: Split) -> Iterator[str]:
 def _shard(split: Split, shard: Shard, first: int) -> Iterator[str]:
     """Problems of a shard; first: the number of its first sample."""
     path = split.where(shard.name)
+    _forget(split, shard)
     try:
         with split.open_shard(shard) as file:
             yield from _file(split, shard, first, path, file)
@@ -90,6 +93,11 @@ def _shard(split: Split, shard: Shard, first: int) -> Iterator[str]:
         yield f"{path}: cannot be read: {error.strerror}; {REBUILD}"
     except DataError as error:
         yield str(error)
+    _forget(split, shard)
+
+
+def _forget(split: Split, shard: Shard) -> None:
+    """What is checked is what the store has, not a copy in the cache."""
     if split.store and split.cache:
         split.cache.discard(split.key, shard.name)
 

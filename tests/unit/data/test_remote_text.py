@@ -160,12 +160,13 @@ def test_a_shard_that_is_gone_or_changed_is_named_or_left_out(
     describe([f"{url}/*.tar"], tokenizer_json, folder, streams=4)
     whole = (shards / "shard-1.tar").read_bytes()
     pieces = TextSplit(folder).shards[1].pieces
+    assert verify(folder, cache=cache) == []
     for body, reason in ((None, "the shard is missing"), (whole[:-8] + b"x" * 8192, None), (whole[::-1], "differs")):
         if body is None:
             s3[1].delete_object(Bucket="data", Key="broken/shard-1.tar")
         else:
             s3[1].put_object(Bucket="data", Key="broken/shard-1.tar", Body=body)
-        problems = verify(folder, cache=Cache(tmp_path / f"cache-{reason}"))
+        problems = verify(folder, cache=cache)
         if reason is None:  # what follows on the pieces is nobody's
             assert problems == []
             continue
