@@ -13,18 +13,17 @@ renamed at the end: a reader sees all of a checkpoint or none. No pickle anywher
 from __future__ import annotations
 
 import json
-import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmscale.config.schema import RunConfig
+from llmscale.checkpoint.tensor_file import Header, write
+from llmscale.config.schema import Model, RunConfig
 from llmscale.errors import CheckpointError
 from llmscale.models.cut import local_shape, pieces
 from llmscale.models.family import Weight, families
@@ -32,7 +31,6 @@ from llmscale.models.family import Weight, families
 FORMAT = 1
 WEIGHT = "weight"
 """The state that every weight has: its fp32 master. The others are the optimizer's: exp_avg, exp_avg_sq, ..."""
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -69,26 +67,9 @@ class Entry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write a safetensors file one tensor at a time: memory holds one copy of one tensor. Returns the file's bytes.
-
-    The format: 8 bytes of header length, little-endian; a JSON header of names, types, shapes and offsets; the bytes.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        for tensor in tensors.values():
-            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            file.write(raw.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    return 8 + len(head) + end
+    """Write tensors by name to a safetensors file. Returns the file's bytes."""
+    headers = [Header(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return write(path, headers, tensors.values())
 
 
 class Checkpoint:
@@ -97,6 +78,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where the checkpoint is missing, incomplete or of another format."""
         self.path = path
+        self._opened: dict[str, Any] = {}
         self.manifest = self._json("manifest.json")
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(
@@ -127,6 +109,17 @@ class Checkpoint:
         """The config of the run that saved it; model.vocab_size is set."""
         return RunConfig.model_validate(self.manifest["config"])
 
+    @cached_property
+    def model(self) -> Model:
+        """The model that it holds; its vocab_size is set."""
+        return Model.model_validate(self.manifest["config"]["model"])
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """What the run computed in."""
+        found: Literal["bf16", "fp32"] = self.manifest["config"].get("training", {}).get("precision", "fp32")
+        return found
+
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
@@ -134,7 +127,7 @@ class Checkpoint:
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """Every weight of the model, by name."""
-        model = self.config.model
+        model = self.model
         if model.vocab_size is None:
             raise CheckpointError(f"{self.path}/manifest.json: no model.vocab_size")
         return {weight.name: weight for weight in families()[model.family].parameters(model, model.vocab_size)}
@@ -152,9 +145,10 @@ class Checkpoint:
     def tensor(self, file: str, key: str) -> torch.Tensor:
         """One tensor of one file."""
         try:
-            with safe_open(self.path / file, framework="pt") as opened:
-                result: torch.Tensor = opened.get_tensor(key)
-                return result
+            if file not in self._opened:
+                self._opened[file] = safe_open(self.path / file, framework="pt").__enter__()
+            result: torch.Tensor = self._opened[file].get_tensor(key)
+            return result
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint"

@@ -47,7 +47,7 @@ def command(
     if not path.exists():
         raise UsageError(f"{path}: no tokenizer there; name one with --tokenizer")
     words = Tokenizer(path)
-    model = found.config.model
+    model = found.model
     vocab_size = model.vocab_size or words.vocab_size
     if words.vocab_size > vocab_size:
         raise UsageError(
@@ -55,7 +55,7 @@ def command(
         )
     ids = [int(i) for i in words.encode(prompt)] or [words.end_of_document]
     settings = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    with open_model(found) as (stage, device):
+    with open_model(found.model, found.whole, found.precision) as (stage, device):
         context = model.max_position_embeddings
         tokens = list(sample(stage, ids, settings, context, vocab_size, words.end_of_document, device))
     text = words.decode(tokens)

@@ -21,7 +21,9 @@ import click
 
 from llmscale.errors import LlmscaleError
 
-COMMANDS = {name: f"llmscale.cli.{name}" for name in ("pretrain", "generate", "data", "checkpoint", "doctor")}
+COMMANDS = {
+    name: f"llmscale.cli.{name}" for name in ("pretrain", "generate", "data", "checkpoint", "convert", "doctor")
+}
 """Command -> the module whose `command` it is, in the order of the help."""
 INTERRUPTED = 130
 

@@ -34,7 +34,7 @@ def load(
     """
     raw = _read(path)
     problems = _apply(raw, overrides)
-    missing_keys_are_known = _apply_preset(raw, problems)
+    missing_keys_are_known = _apply_preset(raw, path.parent, problems)
     values: dict[str, Any] = {}
     for name in raw:
         if name not in RunConfig.model_fields:
@@ -133,7 +133,7 @@ def preset(name: str) -> dict[str, Any]:
     return keys
 
 
-def _apply_preset(raw: dict[Any, Any], problems: list[Problem]) -> bool:
+def _apply_preset(raw: dict[Any, Any], folder: Path, problems: list[Problem]) -> bool:
     """Put the preset's keys below those given. True where it names none: then no key counts as missing."""
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
@@ -142,6 +142,14 @@ def _apply_preset(raw: dict[Any, Any], problems: list[Problem]) -> bool:
     if isinstance(name, str) and name in names:
         raw["model"] = {**preset(name), **model}
         return False
+    if isinstance(name, str) and name.endswith((".yaml", ".yml")):
+        file = next((place for place in (folder / name, Path(name)) if place.is_file()), None)
+        if file is not None:
+            raw["model"] = {**_read(file), **model}
+            return False
+        problems.append(Problem("model.preset", f"there is no file {name}", "name one that `convert from-hf` wrote"))
+        raw["model"] = {**model, "preset": None}
+        return True
     given = messages.shown(name)
     reason = f"there is no preset {given}" if isinstance(name, str) else f"a name is wanted, not {given}"
     close = messages.nearest(str(name), names)

@@ -44,10 +44,27 @@ class Run(Section):
     )
 
 
+class RopeScaling(Section):
+    """Llama 3's stretch of low rotary frequencies (`rope_type: llama3` in Hugging Face's format)."""
+
+    factor: Float = Field(ge=1.0, description="By how much long wavelengths are stretched.", examples=[8.0])
+    low_freq_factor: Float = Field(
+        1.0, gt=0.0, description="Wavelengths above original_max_position_embeddings / this are stretched in full."
+    )
+    high_freq_factor: Float = Field(
+        4.0, gt=0.0, description="Wavelengths below original_max_position_embeddings / this stay as they are."
+    )
+    original_max_position_embeddings: Int = Field(8192, ge=1, description="Longest sequence before the stretch.")
+
+
 class Model(Section):
     """The model's architecture. `preset` fills in what is not given."""
 
-    preset: str | None = Field(None, description="Name of a preset to start from; keys given beside it win.")
+    preset: str | None = Field(
+        None,
+        description="Name of a preset to start from, or a YAML file with keys of this section, beside the config or in "
+        "the working folder; keys given beside it win.",
+    )
     family: str = Field(
         description="Model family, a file in `llmscale/models/families/`: gpt2 or llama.", examples=["llama"]
     )
@@ -79,6 +96,15 @@ class Model(Section):
     dropout: Float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on embeddings, attention and residuals.")
     norm_eps: Float = Field(1e-5, gt=0.0, description="Epsilon of the norms.")
     rope_theta: Float = Field(10000.0, gt=0.0, description="Base of the rotary position embedding.")
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Llama 3's stretch of the rotary positions: {factor, low_freq_factor, high_freq_factor, "
+        "original_max_position_embeddings}.",
+        examples=[{"factor": 8.0, "original_max_position_embeddings": 8192}],
+    )
+    rotary_fraction: Float = Field(
+        1.0, gt=0.0, le=1.0, description="Share of each head that the rotary positions turn; GPT-NeoX turns 0.25."
+    )
     init_std: Float = Field(
         0.02,
         gt=0.0,
@@ -230,6 +256,13 @@ class Checkpoint(Section):
         min_length=1,
         description="auto: from the newest whole checkpoint of the run directory, if there is one; never; "
         "or the path of a checkpoint.",
+    )
+    start_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Checkpoint, or run directory, whose weights a new run begins with: an import by `llmscale convert "
+        "from-hf`, or another run. Its optimizer state and data position stay behind.",
+        examples=["imported"],
     )
 
 

@@ -1,14 +1,14 @@
-"""A checkpoint of any layout as one model in one process."""
+"""A whole model in one process, from whatever holds its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
-from llmscale.checkpoint.format import Checkpoint
-from llmscale.config.schema import Parallel
+from llmscale.config.schema import Data, DataSource, Model, RunConfig, Training
 from llmscale.distributed import cpu
 from llmscale.distributed.groups import form_groups
 from llmscale.distributed.launch import Launch, device_of, start, stop
@@ -19,20 +19,25 @@ from llmscale.models.stage import Stage, build_stages
 
 
 @contextmanager
-def open_model(checkpoint: Checkpoint) -> Iterator[tuple[Stage, torch.device]]:
-    """The whole model on this process's device, ready to run forward, in the precision that it was trained in."""
+def open_model(
+    model: Model, whole: Callable[[str], torch.Tensor], precision: Literal["bf16", "fp32"]
+) -> Iterator[tuple[Stage, torch.device]]:
+    """The model on this process's device, ready to run forward. whole: gives a weight by name, in its global shape."""
     launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "single")
     device = device_of(launch)
     start(launch, device)
     try:
         cpu.redirect()
-        config = checkpoint.config.model_copy(update={"parallel": Parallel()})
+        config = RunConfig(
+            model=model,
+            data=Data(train=(DataSource(path="none"),), sequence_length=model.max_position_embeddings),
+            training=Training(steps=0, global_batch_size=1, precision=precision),
+        )
         with form_groups(Layout.of(config, 1, 1), config.run.seed) as groups:
-            family = families()[config.model.family]
-            (stage,) = build_stages(config.model, family, config.training, groups, config.run.seed)
+            (stage,) = build_stages(model, families()[model.family], config.training, groups, config.run.seed)
             with torch.no_grad():
                 for weight, parameter in stage.weights():
-                    copy_part(parameter, checkpoint.whole(weight.name), weight, 0, 1)
+                    copy_part(parameter, whole(weight.name), weight, 0, 1)
             yield stage.eval(), device
     finally:
         stop()

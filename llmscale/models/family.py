@@ -15,6 +15,7 @@ from functools import cache
 from typing import Literal
 
 from llmscale.config.schema import Model
+from llmscale.models.hugging_face import HuggingFace
 
 Cut = Literal["replicated", "rows", "gated_rows", "columns", "vocab"]
 """How a weight is cut over the tensor-parallel group.
@@ -35,6 +36,8 @@ class Weight:
     cut: Cut
     init: Init
     layer: int | None = None
+    per_head: bool = False
+    """Shared by all heads: a tensor-parallel rank's gradient is that of its own heads alone."""
 
     @property
     def decays(self) -> bool:
@@ -56,12 +59,19 @@ class Family:
 
     name: str
     norm: Literal["layernorm", "rmsnorm"]
-    activation: Literal["gelu", "swiglu"]
+    activation: Literal["gelu", "gelu_tanh", "swiglu"]
     positions: Literal["learned", "rope"]
     bias: bool
-    """Biases on all linear layers."""
+    """Biases on all linear layers of the Transformer's blocks."""
     tie_embeddings: bool
     """What `model.tie_embeddings: null` means."""
+    hugging_face: HuggingFace
+    qkv_bias: bool = False
+    """Biases on query, key and value, whatever `bias` says."""
+    qk_norm: bool = False
+    """The family's norm on each head's query and key, before the rotary positions."""
+    parallel_residual: bool = False
+    """x + attention(norm(x)) + mlp(norm'(x)) in place of one after the other."""
 
     def tied(self, model: Model) -> bool:
         """Whether the output layer is the embedding."""
@@ -89,23 +99,30 @@ class Family:
         for layer in range(model.num_layers):
             at = f"decoder.layers.{layer}"
             yield from self._norm(f"{at}.input_layernorm", hidden, layer)
-            yield from self._linear(f"{at}.self_attention.linear_proj", (hidden, heads_width), "columns", layer)
-            yield from self._linear(f"{at}.self_attention.linear_qkv", (qkv_width, hidden), "rows", layer)
+            yield from self._linear(
+                f"{at}.self_attention.linear_proj", (hidden, heads_width), "columns", layer, self.bias
+            )
+            yield from self._linear(
+                f"{at}.self_attention.linear_qkv", (qkv_width, hidden), "rows", layer, self.bias or self.qkv_bias
+            )
+            if self.qk_norm:
+                for part in ("q_layernorm", "k_layernorm"):
+                    yield from self._norm(f"{at}.self_attention.{part}", model.head_size, layer, per_head=True)
             yield from self._norm(f"{at}.pre_mlp_layernorm", hidden, layer)
-            yield from self._linear(f"{at}.mlp.linear_fc1", (ffn * (2 if gated else 1), hidden), up, layer)
-            yield from self._linear(f"{at}.mlp.linear_fc2", (hidden, ffn), "columns", layer)
+            yield from self._linear(f"{at}.mlp.linear_fc1", (ffn * (2 if gated else 1), hidden), up, layer, self.bias)
+            yield from self._linear(f"{at}.mlp.linear_fc2", (hidden, ffn), "columns", layer, self.bias)
         yield from self._norm("decoder.final_layernorm", hidden, None)
         if not self.tied(model):
             yield Weight("output_layer.weight", (vocab_size, hidden), "vocab", "normal")
 
-    def _norm(self, name: str, size: int, layer: int | None) -> Iterator[Weight]:
-        yield Weight(f"{name}.weight", (size,), "replicated", "ones", layer)
+    def _norm(self, name: str, size: int, layer: int | None, per_head: bool = False) -> Iterator[Weight]:
+        yield Weight(f"{name}.weight", (size,), "replicated", "ones", layer, per_head)
         if self.norm == "layernorm":
-            yield Weight(f"{name}.bias", (size,), "replicated", "zeros", layer)
+            yield Weight(f"{name}.bias", (size,), "replicated", "zeros", layer, per_head)
 
-    def _linear(self, name: str, shape: tuple[int, int], cut: Cut, layer: int) -> Iterator[Weight]:
+    def _linear(self, name: str, shape: tuple[int, int], cut: Cut, layer: int, bias: bool) -> Iterator[Weight]:
         yield Weight(f"{name}.weight", shape, cut, "residual" if cut == "columns" else "normal", layer)
-        if self.bias:
+        if bias:
             yield Weight(f"{name}.bias", (shape[0],), "replicated" if cut == "columns" else cut, "zeros", layer)
 
 

@@ -5,9 +5,12 @@ Every family file has such a value beside its parts. `convert/` reads it in both
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from llmscale.errors import ConversionError
 
 if TYPE_CHECKING:
     from llmscale.config.schema import Model
@@ -29,7 +32,21 @@ class Rule:
     there: tuple[str, ...]
     form: Form = "same"
     transposed: bool = False
-    """Whether the tensors there are [in, out], as GPT-2's are."""
+    """Whether the tensors there are [in, out], as GPT-2's matrices are."""
+
+
+UNSUPPORTED = {
+    "mixtral": "mixture-of-experts layers are not built",
+    "qwen2_moe": "mixture-of-experts layers are not built",
+    "qwen3_moe": "mixture-of-experts layers are not built",
+    "deepseek_v3": "mixture-of-experts layers and latent attention are not built",
+    "gemma": "its scaled embeddings and norms of 1 + weight are not built",
+    "gemma2": "its soft caps and norms of 1 + weight are not built",
+    "gemma3_text": "its alternating windows and norms of 1 + weight are not built",
+    "gpt_oss": "mixture-of-experts layers and attention sinks are not built",
+    "phi3": "its fused projections and long rotary factors are not built",
+}
+"""model_type -> why it is refused, of families that people ask for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class HuggingFace:
     """`model_type` in config.json."""
     architecture: str
     """`architectures` in config.json: the class that transformers loads."""
+    prefix: str
+    """What names begin with there, but for the output layer's; older files leave it out."""
     rules: tuple[Rule, ...]
     """One for each weight that a model of the family may have; those that a model lacks are passed over."""
     to_config: Callable[[Family, Model, int], dict[str, Any]]
@@ -50,3 +69,28 @@ class HuggingFace:
     Raises:
         ConversionError: the model has a part that is not built here; names the key and its value.
     """
+    ignored: tuple[str, ...] = ()
+    """Ends of the names of tensors that are no weights: masks and rotary tables of older files."""
+
+
+def require(config: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse values that change what the model computes. wanted: key -> the values that are built; absent is right.
+
+    Raises:
+        ConversionError: names the first key, its value, and what is supported.
+    """
+    for key, values in wanted.items():
+        if key in config and config[key] not in values:
+            said = " or ".join(json.dumps(value) for value in values)
+            raise ConversionError(f"config.json: {key} is {json.dumps(config[key])}; supported is {said}")
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """A key that has to be there.
+
+    Raises:
+        ConversionError: it is not.
+    """
+    if config.get(key) is None:
+        raise ConversionError(f"config.json: no {key}; it is not the config of a {config.get('model_type')} model")
+    return config[key]

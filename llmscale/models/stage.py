@@ -25,6 +25,7 @@ from llmscale.models.init import initialize
 from llmscale.models.loss import cross_entropy
 from llmscale.models.norms import NORMS
 from llmscale.models.packing import Packing
+from llmscale.models.rotary import stretched
 from llmscale.models.transformer import layer_spec, transformer_config
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -70,8 +71,13 @@ class Stage(MegatronModule):
             )
         if family.positions == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=model.head_size, rotary_percent=1.0, rotary_base=model.rope_theta, cp_group=collection.cp
+                kv_channels=model.head_size,
+                rotary_percent=model.rotary_fraction,
+                rotary_base=model.rope_theta,
+                cp_group=collection.cp,
             )
+            if model.rope_scaling is not None:
+                self.rotary_pos_emb.inv_freq = stretched(self.rotary_pos_emb.inv_freq, model.rope_scaling)
         block = TransformerBlockSubmodules(
             layer_specs=[layer_spec(family)] * len(layers),
             layer_norm=NORMS[family.norm] if self.post_process else None,

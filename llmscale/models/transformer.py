@@ -7,6 +7,7 @@ see the comments, the traps in docs/design.md, and tests/distributed/test_upstre
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,10 @@ def transformer_config(model: Model, family: Family, training: Training, layout:
         normalization="LayerNorm" if family.norm == "layernorm" else "RMSNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=family.bias,
+        add_qkv_bias=family.bias or family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         gated_linear_unit=family.activation == "swiglu",
-        activation_func=_activation(family, fused=on_gpu),
+        activation_func=_activation(family),
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         init_method=_leave,
@@ -60,7 +63,7 @@ def transformer_config(model: Model, family: Family, training: Training, layout:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=training.precision == "bf16",
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=_fuses(family),
         bias_dropout_fusion=on_gpu,
         # Writes to main_grad, which DeepSpeed never reads.
         gradient_accumulation_fusion=False,
@@ -89,15 +92,15 @@ def layer_spec(family: Family) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=CausalAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=norm if family.qk_norm else IdentityOp,
+            k_layernorm=norm if family.qk_norm else IdentityOp,
         ),
     )
     mlp = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelLayer if family.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
@@ -109,11 +112,31 @@ def layer_spec(family: Family) -> ModuleSpec:
     )
 
 
-def _activation(family: Family, fused: bool) -> object:
+class ParallelLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm'(x)): GPT-NeoX's layer. Megatron-core's takes one after the other."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states: [sequence, batch, hidden], and of that shape what comes back."""
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        output_and_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(output_and_bias, attended, self.hidden_dropout), context
+
+
+def _fuses(family: Family) -> bool:
+    """Whether Megatron's fused kernel computes the activation. Its GELU is the tanh form, and wants a bias."""
+    return torch.cuda.is_available() and (family.activation == "swiglu" or family.activation == "gelu_tanh")
+
+
+def _activation(family: Family) -> object:
     if family.activation == "swiglu":
         return F.silu
-    # GPT-2's GELU is the tanh form. Megatron's fused kernel computes that one, and wants to be asked for F.gelu.
-    return F.gelu if fused else partial(F.gelu, approximate="tanh")
+    if family.activation == "gelu" or _fuses(family):  # the fused kernel of the tanh form wants to be asked for F.gelu
+        return F.gelu
+    return partial(F.gelu, approximate="tanh")
 
 
 def _pipeline_layout(layout: Layout) -> list[list[str]]:

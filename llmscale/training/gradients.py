@@ -3,7 +3,8 @@
 DeepSpeed knows data parallelism. What it does not know, it gets wrong in silence, so here stands, for every ZeRO
 stage alike:
 1. weights that each tensor-parallel rank saw on a part of the sequence only (norms and row-parallel biases under
-   sequence parallelism): sum over the tensor-parallel group - else the norm is 3 % off and the copies drift apart;
+   sequence parallelism), or for its own heads (norms of query and key): sum over the tensor-parallel group - else the
+   norm is 3 % off and the copies drift apart;
 2. a tied embedding on the first and the last stage: sum over the two - and count it once in the norm (else 18 % too
    large);
 3. ZeRO-0: the mean over the data-parallel group, in fp32 (DeepSpeed's own ZeRO-0 in bf16 accumulates in bf16, 17 %
@@ -51,7 +52,7 @@ def kind_of(weight: Weight, parameter: torch.nn.Parameter, stage: Stage, groups:
         return "tied"
     if groups.layout.tensor == 1:
         return "cut"
-    if getattr(parameter, "sequence_parallel", False):
+    if weight.per_head or getattr(parameter, "sequence_parallel", False):
         return "partial"
     return "copied" if weight.cut == "replicated" else "cut"
 

@@ -25,7 +25,7 @@ from llmscale.distributed import cpu
 from llmscale.distributed.groups import Groups, form_groups
 from llmscale.distributed.launch import Launch, device_of, start, stop
 from llmscale.distributed.layout import Layout
-from llmscale.errors import ConfigError, Problem, TrainingError
+from llmscale.errors import CheckpointError, ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
 from llmscale.models.stage import build_stages
 from llmscale.training import report, state
@@ -150,7 +150,13 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     stack.callback(engine.close)
     folder = output / "checkpoints"
     checkpoint = find(config.checkpoint.resume, folder)
-    seen = _resume(engine, checkpoint, run, launch.rank) if checkpoint is not None else Seen()
+    beginning = find(config.checkpoint.start_from, folder) if config.checkpoint.start_from else None
+    if checkpoint is not None:
+        seen = _resume(engine, checkpoint, run, launch.rank)
+    else:
+        seen = Seen()
+        if beginning is not None:
+            state.start_from(engine, beginning, config.model)
     described = {**asdict(run.layout), "data": run.layout.data}
     lines = report.start_report(
         config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
@@ -160,6 +166,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         dump(config, output / "config.yaml")
         # Beside the checkpoints, so that they can be used where the data is not.
         shutil.copyfile(config.data.tokenizer or run.train.tokenizer, output / "tokenizer.json")
+    if checkpoint is None and beginning is not None:
+        recorder.note(f"begins with the weights of {beginning.path}")
     if checkpoint is not None:
         recorder.note(f"resumed from {checkpoint.path} at step {seen.steps}{_changes(checkpoint, described)}")
         for note in seen.notes:
@@ -219,6 +227,10 @@ class Seen:
 def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen:
     """Load a checkpoint, and this rank's random state where the layout is the same."""
     saved = checkpoint.manifest
+    if saved["data"] is None:
+        raise CheckpointError(
+            f"checkpoint.resume: {checkpoint.path} holds weights alone; name it in checkpoint.start_from"
+        )
     notes = run.train.resume(saved["data"])
     state.restore(engine, checkpoint)
     if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):

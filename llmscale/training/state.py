@@ -6,13 +6,16 @@ restored where the layout is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Fragment
+from llmscale.config.schema import Model
 from llmscale.errors import CheckpointError
+from llmscale.models.family import families
 from llmscale.models.stage import EMBEDDING
 from llmscale.training.engine import Engine
 from llmscale.training.zero import Owned
@@ -53,21 +56,57 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is of another model, or of another optimizer.
     """
+    _check_shapes(engine, checkpoint, "give the run another output_dir, or set checkpoint.resume to never")
+    states = [state for state in checkpoint.states if state != WEIGHT]
+    if states:
+        engine.zero.make_state(states, checkpoint.step)
+    _load(engine, checkpoint, checkpoint.states)
+
+
+@torch.no_grad()
+def start_from(engine: Engine, checkpoint: Checkpoint, model: Model) -> None:
+    """Load weights alone, for a new run of the model `model`.
+
+    Raises:
+        CheckpointError: it is of another model; names the keys.
+    """
+    ours, theirs = _computation(model), _computation(checkpoint.model)
+    if changed := [f"model.{key} is {ours[key]}, and was {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise CheckpointError(
+            f"checkpoint.start_from: {checkpoint.path} is of another model: {'; '.join(changed[:3])}; set it so, or "
+            "name its model.yaml as model.preset"
+        )
+    _check_shapes(engine, checkpoint, "name its model.yaml as model.preset")
+    _load(engine, checkpoint, (WEIGHT,))
+
+
+def _computation(model: Model) -> dict[str, Any]:
+    """The keys that say what a model computes; a table of positions must fit by its shape."""
+    family = families()[model.family]
+    keys = model.model_dump(exclude={"preset", "dropout", "init_std", "max_position_embeddings"})
+    return keys | {
+        "num_query_groups": model.query_groups,
+        "head_dim": model.head_size,
+        "ffn_hidden_size": family.ffn_hidden_size(model),
+        "tie_embeddings": family.tied(model),
+    }
+
+
+def _check_shapes(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:
     expected = {weight.name: weight for stage in engine.stages for weight, _ in stage.weights()}
     for name, weight in expected.items():
         saved = checkpoint.weights.get(name)
         if saved is None or saved.shape != weight.shape:
             found = "is not in it" if saved is None else f"has the shape {list(saved.shape)} in it"
             raise CheckpointError(
-                f"{checkpoint.path}: of another model: {name} {found}, and is {list(weight.shape)} here; "
-                "give the run another output_dir, or set checkpoint.resume to never"
+                f"{checkpoint.path}: of another model: {name} {found}, and is {list(weight.shape)} here; {fix}"
             )
-    states = [state for state in checkpoint.states if state != WEIGHT]
-    if states:
-        engine.zero.make_state(states, checkpoint.step)
+
+
+def _load(engine: Engine, checkpoint: Checkpoint, states: Sequence[str]) -> None:
     for part, owned in _parts(engine):
         targets = {WEIGHT: owned.master, **engine.zero.state(owned)}
-        for state in checkpoint.states:
+        for state in states:
             values = checkpoint.read(
                 part.weight.name, state, part.tensor_rank, part.tensor_size, part.start, owned.numel
             )

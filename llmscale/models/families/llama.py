@@ -1,5 +1,41 @@
-"""Llama: RMSNorm, SwiGLU, rotary positions, no biases, grouped queries where the config asks for them."""
+"""Llama 2 and 3: RMSNorm, SwiGLU, rotary positions, no biases, grouped queries where the config asks for them."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmscale.models import llama_like
 from llmscale.models.family import Family
+from llmscale.models.hugging_face import HuggingFace, require
 
-FAMILY = Family(name="llama", norm="rmsnorm", activation="swiglu", positions="rope", bias=False, tie_embeddings=False)
+if TYPE_CHECKING:
+    from llmscale.config.schema import Model
+
+
+def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+    return {**llama_like.to_config(family, model, vocab_size), "attention_bias": False, "mlp_bias": False}
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    require(config, {"attention_bias": (False,), "mlp_bias": (False,)})
+    return llama_like.from_config(config)
+
+
+FAMILY = Family(
+    name="llama",
+    norm="rmsnorm",
+    activation="swiglu",
+    positions="rope",
+    bias=False,
+    tie_embeddings=False,
+    hugging_face=HuggingFace(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        prefix=llama_like.PREFIX,
+        rules=llama_like.RULES,
+        to_config=_to_config,
+        from_config=_from_config,
+        ignored=llama_like.IGNORED,
+    ),
+)

@@ -1,0 +1,73 @@
+"""The proof of an export: transformers' logits of it against llmscale's own of the checkpoint, on the same tokens.
+
+Both compute in fp32 on this process's device, with the weights rounded to the type of the export: what is compared is
+the mapping of every weight and the meaning of every key of config.json, not the rounding. One model is in memory at a
+time, with 4 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmscale.checkpoint.format import Checkpoint
+from llmscale.inference.model import open_model
+
+TOLERANCE = 1e-4
+SEED = 1234
+SEQUENCES, LENGTH = 2, 128
+
+
+@dataclass(frozen=True)
+class Parity:
+    """difference: the largest of any two logits. largest: the largest logit, for scale. equal: within the tolerance."""
+
+    difference: float
+    largest: float
+    tolerance: float
+    sequences: int
+    length: int
+    seed: int
+    equal: bool
+
+
+def compare(checkpoint: Checkpoint, export: Path, dtype: torch.dtype, tolerance: float = TOLERANCE) -> Parity:
+    """Compare an export with the checkpoint that it was made of. dtype: of the export."""
+    model = checkpoint.model
+    length = min(LENGTH, model.max_position_embeddings)
+    vocab_size = model.vocab_size or 0
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, vocab_size, (SEQUENCES, length), generator=generator)
+
+    def whole(name: str) -> torch.Tensor:
+        return checkpoint.whole(name).to(dtype).float()
+
+    with open_model(model, whole, "fp32") as (stage, device), torch.no_grad():
+        ours = stage(tokens.to(device))[..., :vocab_size].transpose(0, 1).float().cpu()
+        del stage
+    gc.collect()
+    theirs = _theirs(export, tokens)
+    difference = float((ours - theirs).abs().max())
+    # Not "above the tolerance": a NaN is not equal either.
+    equal = difference <= tolerance
+    return Parity(difference, float(theirs.abs().max()), tolerance, SEQUENCES, length, SEED, equal)
+
+
+@torch.no_grad()
+def _theirs(export: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits, fp32 [batch, sequence, vocab]."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, trust_remote_code=False)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    logits: torch.Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits.float().cpu()

@@ -1,0 +1,47 @@
+"""Mistral: Llama's parts. Windows of attention shorter than the longest sequence are not built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmscale.errors import ConversionError
+from llmscale.models import llama_like
+from llmscale.models.family import Family
+from llmscale.models.hugging_face import HuggingFace, value_of
+
+if TYPE_CHECKING:
+    from llmscale.config.schema import Model
+
+
+def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+    return {**llama_like.to_config(family, model, vocab_size), "sliding_window": None}
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    window = config.get("sliding_window", 4096)  # transformers' default
+    longest = value_of(config, "max_position_embeddings")
+    if window is not None and window < longest:
+        raise ConversionError(
+            f"config.json: sliding_window is {window}; supported is null, or at least the longest sequence, {longest}"
+        )
+    return llama_like.from_config(config)
+
+
+FAMILY = Family(
+    name="mistral",
+    norm="rmsnorm",
+    activation="swiglu",
+    positions="rope",
+    bias=False,
+    tie_embeddings=False,
+    hugging_face=HuggingFace(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        prefix=llama_like.PREFIX,
+        rules=llama_like.RULES,
+        to_config=_to_config,
+        from_config=_from_config,
+        ignored=llama_like.IGNORED,
+    ),
+)

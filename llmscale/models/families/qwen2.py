@@ -1,0 +1,42 @@
+"""Qwen2 and Qwen2.5: Llama's parts, and biases on query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmscale.models import llama_like
+from llmscale.models.family import Family
+from llmscale.models.hugging_face import HuggingFace, require
+
+if TYPE_CHECKING:
+    from llmscale.config.schema import Model
+
+
+def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+    return {**llama_like.to_config(family, model, vocab_size), "use_sliding_window": False}
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    require(config, {"use_sliding_window": (False,)})
+    return llama_like.from_config(config)
+
+
+FAMILY = Family(
+    name="qwen2",
+    norm="rmsnorm",
+    activation="swiglu",
+    positions="rope",
+    bias=False,
+    tie_embeddings=False,
+    qkv_bias=True,
+    hugging_face=HuggingFace(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        prefix=llama_like.PREFIX,
+        rules=llama_like.RULES,
+        to_config=_to_config,
+        from_config=_from_config,
+        ignored=llama_like.IGNORED,
+    ),
+)

@@ -1,0 +1,42 @@
+"""Qwen3: Llama's parts, and RMSNorm on each head's query and key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmscale.models import llama_like
+from llmscale.models.family import Family
+from llmscale.models.hugging_face import HuggingFace, require
+
+if TYPE_CHECKING:
+    from llmscale.config.schema import Model
+
+
+def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+    return {**llama_like.to_config(family, model, vocab_size), "attention_bias": False, "use_sliding_window": False}
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    require(config, {"attention_bias": (False,), "use_sliding_window": (False,)})
+    return llama_like.from_config(config)
+
+
+FAMILY = Family(
+    name="qwen3",
+    norm="rmsnorm",
+    activation="swiglu",
+    positions="rope",
+    bias=False,
+    tie_embeddings=False,
+    qk_norm=True,
+    hugging_face=HuggingFace(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        prefix=llama_like.PREFIX,
+        rules=llama_like.RULES,
+        to_config=_to_config,
+        from_config=_from_config,
+        ignored=llama_like.IGNORED,
+    ),
+)
