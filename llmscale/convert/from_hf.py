@@ -32,7 +32,7 @@ from llmscale.models.cut import local_shape
 from llmscale.models.family import Family, families
 from llmscale.models.hugging_face import UNSUPPORTED
 from llmscale.models.init import copy_part
-from llmscale.training.report import versions
+from llmscale.versions import versions
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -198,13 +198,11 @@ def _match(wanted: Sequence[Pair], source: Source, family: Family, folder: Path)
     found = [(pair, tuple(name.removeprefix(about.prefix) if bare else name for name in pair.names)) for pair in wanted]
     names = {name for _, own in found for name in own}
     if missing := sorted(names - there):
-        raise ConversionError(
-            f"{folder}: {len(missing)} tensors are missing, the first {missing[0]}; download it again"
-        )
+        raise ConversionError(f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; download it again")
     outputs = {rule.there[0] for rule in about.rules if rule.here == "output_layer.weight"}  # also where it is tied
     if extra := sorted(there - names - outputs):
         raise ConversionError(
-            f"{folder}: {len(extra)} tensors that config.json does not speak of, the first {extra[0]}; a model of "
+            f"{folder}: {len(extra)} tensor(s) that config.json does not speak of, such as {extra[0]}; a model of "
             f"{about.architecture} has none of this name"
         )
     for pair, own in found:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -16,8 +14,6 @@ from llmscale.models.attention import varlen_fits
 from llmscale.models.family import Family
 from llmscale.models.transformer import DTYPES
 from llmscale.training.engine import Engine
-
-PACKAGES = ("llmscale", "torch", "megatron-core", "deepspeed", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -31,17 +27,6 @@ class Memory:
     @property
     def total_gib(self) -> float:
         return self.parameters_gib + self.gradients_gib + self.optimizer_gib
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, for the manifest and the log."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def memory(engine: Engine, moments: int) -> Memory:

@@ -36,6 +36,7 @@ from llmscale.training.loop import Events, StepResult, StepTimes, train
 from llmscale.training.metrics import Recorder
 from llmscale.training.optimizer import build_optimizer, moments
 from llmscale.training.sinks.wandb import check_available
+from llmscale.versions import versions
 
 SKIPPED = "skipped.jsonl"
 PREFETCH = 2
@@ -187,7 +188,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         )
 
     def write(step: int) -> None:
-        facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state()), described, report.versions())
+        facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state()), described, versions())
         path = save(folder, step, list(state.fragments(engine)), state.random_state(), facts)
         if launch.rank == 0:
             prune(folder, config.checkpoint.keep)
