@@ -75,7 +75,7 @@ def to_hf(
     family = families()[model.family]
     vocab_size = model.vocab_size or 0
     dtype = dtype or checkpoint.precision
-    config = family.hugging_face.to_config(family, model, vocab_size)
+    config = family.hugging_face.to_config(family.settled(model))
     work = output.with_name(f".{output.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -85,6 +85,16 @@ class Family:
             return -(-(8 * model.hidden_size // 3) // 256) * 256
         return 4 * model.hidden_size
 
+    def settled(self, model: Model) -> Model:
+        """The model with what the family decides where the config says null."""
+        sizes = {
+            "num_query_groups": model.query_groups,
+            "head_dim": model.head_size,
+            "ffn_hidden_size": self.ffn_hidden_size(model),
+            "tie_embeddings": self.tied(model),
+        }
+        return model.model_copy(update=sizes)
+
     def parameters(self, model: Model, vocab_size: int) -> Iterator[Weight]:
         """Every weight of the model, in the model's order. vocab_size: token ids, unpadded."""
         hidden, ffn = model.hidden_size, self.ffn_hidden_size(model)

@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
-
-if TYPE_CHECKING:
-    from llmscale.config.schema import Model
-    from llmscale.models.family import Family
 
 Form = Literal["same", "qkv", "stacked_qkv", "gate_up"]
 """How one weight here is made of those there.
@@ -61,8 +58,13 @@ class HuggingFace:
     """What names begin with there, but for the output layer's; older files leave it out."""
     rules: tuple[Rule, ...]
     """One for each weight that a model of the family may have; those that a model lacks are passed over."""
-    to_config: Callable[[Family, Model, int], dict[str, Any]]
-    """(family, model, vocab_size): the keys of config.json besides model_type, architectures and dtype."""
+    to_config: Callable[[Model], dict[str, Any]]
+    """The keys of config.json besides model_type, architectures and dtype, of a model in which nothing is null that the
+    family settles (`Family.settled`).
+
+    Raises:
+        ConversionError: the format has no key for a part of the model.
+    """
     from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Keys of the config's `model` section, vocab_size among them, from those of config.json.
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.hugging_face import Rule, require, value_of
-
-if TYPE_CHECKING:
-    from llmscale.config.schema import Model
-    from llmscale.models.family import Family
 
 PREFIX = "model."
 IGNORED = ("rotary_emb.inv_freq",)
@@ -41,7 +38,7 @@ RULES = (
 )
 
 
-def to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+def to_config(model: Model) -> dict[str, Any]:
     """The keys that all of these families have.
 
     Raises:
@@ -49,28 +46,28 @@ def to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
     """
     if model.rotary_fraction != 1.0:
         raise ConversionError(
-            f"model.rotary_fraction is {model.rotary_fraction}; {family.name} turns whole heads there"
+            f"model.rotary_fraction is {model.rotary_fraction}; {model.family} turns whole heads there"
         )
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
     return {
         "attention_dropout": 0.0,
-        "head_dim": model.head_size,
+        "head_dim": model.head_dim,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
-        "intermediate_size": family.ffn_hidden_size(model),
+        "intermediate_size": model.ffn_hidden_size,
         "max_position_embeddings": model.max_position_embeddings,
         "num_attention_heads": model.num_attention_heads,
         "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.query_groups,
+        "num_key_value_heads": model.num_query_groups,
         "rms_norm_eps": model.norm_eps,
         "rope_scaling": scaling,
         "rope_theta": model.rope_theta,
-        "tie_word_embeddings": family.tied(model),
+        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
-        "vocab_size": vocab_size,
+        "vocab_size": model.vocab_size,
     }
 
 

@@ -82,14 +82,8 @@ def start_from(engine: Engine, checkpoint: Checkpoint, model: Model) -> None:
 
 def _computation(model: Model) -> dict[str, Any]:
     """The keys that say what a model computes; a table of positions must fit by its shape."""
-    family = families()[model.family]
-    keys = model.model_dump(exclude={"preset", "dropout", "init_std", "max_position_embeddings"})
-    return keys | {
-        "num_query_groups": model.query_groups,
-        "head_dim": model.head_size,
-        "ffn_hidden_size": family.ffn_hidden_size(model),
-        "tie_embeddings": family.tied(model),
-    }
+    settled = families()[model.family].settled(model)
+    return settled.model_dump(exclude={"preset", "dropout", "init_std", "max_position_embeddings"})
 
 
 def _check_shapes(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:

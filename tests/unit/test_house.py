@@ -27,10 +27,12 @@ MATRIX = {
     "models": DEVICES,
     "data": DEVICES,
     "checkpoint": DEVICES | {"models"},
-    "training": DEVICES | {"models", "data", "checkpoint"},
+    "versions": set(),
+    "training": DEVICES | {"models", "data", "checkpoint", "versions"},
     "inference": DEVICES | {"models", "data", "checkpoint", "training"},
+    "convert": DEVICES | {"models", "data", "checkpoint", "inference", "versions"},
     "doctor": set(),
-    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "doctor"},
+    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "convert", "doctor"},
     "__main__": {"cli"},
 }
 """Part -> the other parts it may import. models and data never meet; nothing imports what stands further down."""
@@ -39,6 +41,8 @@ PARTS = {
     "llmscale.distributed.layout": "layout",
     "llmscale.models.family": "family",
     "llmscale.models.families": "family",
+    "llmscale.models.hugging_face": "family",
+    "llmscale.models.llama_like": "family",
 }
 """Modules that belong to another part than the folder they are in: they know no torch."""
 
@@ -60,7 +64,9 @@ ALONE = {
 """What of the stack is imported in a few files alone."""
 
 NO_TORCH = ("llmscale.errors", "llmscale.config", "llmscale.distributed.layout", "llmscale.distributed.launch",
-            "llmscale.models.family", "llmscale.models.families", "llmscale.planning", "llmscale.slurm",
+            "llmscale.models.family", "llmscale.models.families",
+            "llmscale.models.hugging_face", "llmscale.models.llama_like", "llmscale.versions",
+            "llmscale.planning", "llmscale.slurm",
             "llmscale.data", "llmscale.cli", "llmscale.training.flops")  # fmt: skip
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
 from llmscale.models.hugging_face import HuggingFace, Rule, require, value_of
-
-if TYPE_CHECKING:
-    from llmscale.config.schema import Model
 
 _LAYER, _THERE = "decoder.layers.{layer}", "transformer.h.{layer}"
 
@@ -32,7 +30,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule("output_layer.weight", ("lm_head.weight",))
 
 
-def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+def _to_config(model: Model) -> dict[str, Any]:
     heads, hidden = model.num_attention_heads, model.hidden_size
     if model.query_groups != heads or model.head_size * heads != hidden:
         raise ConversionError(
@@ -46,13 +44,13 @@ def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
         "layer_norm_epsilon": model.norm_eps,
         "n_embd": hidden,
         "n_head": heads,
-        "n_inner": family.ffn_hidden_size(model),
+        "n_inner": model.ffn_hidden_size,
         "n_layer": model.num_layers,
         "n_positions": model.max_position_embeddings,
         "resid_pdrop": model.dropout,
-        "tie_word_embeddings": family.tied(model),
+        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
-        "vocab_size": vocab_size,
+        "vocab_size": model.vocab_size,
     }
 
 

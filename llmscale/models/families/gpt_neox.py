@@ -5,15 +5,13 @@ MLP, both of the same input.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
 from llmscale.models.hugging_face import HuggingFace, Rule, require, value_of
 from llmscale.models.llama_like import rotary
-
-if TYPE_CHECKING:
-    from llmscale.config.schema import Model
 
 _LAYER, _THERE = "decoder.layers.{layer}", "gpt_neox.layers.{layer}"
 
@@ -34,7 +32,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule("output_layer.weight", ("embed_out.weight",))
 
 
-def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
+def _to_config(model: Model) -> dict[str, Any]:
     heads, hidden = model.num_attention_heads, model.hidden_size
     if model.query_groups != heads or model.head_size * heads != hidden:
         raise ConversionError(
@@ -49,17 +47,17 @@ def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
         "hidden_dropout": model.dropout,
         "hidden_size": hidden,
         "initializer_range": model.init_std,
-        "intermediate_size": family.ffn_hidden_size(model),
+        "intermediate_size": model.ffn_hidden_size,
         "layer_norm_eps": model.norm_eps,
         "max_position_embeddings": model.max_position_embeddings,
         "num_attention_heads": heads,
         "num_hidden_layers": model.num_layers,
         "rotary_emb_base": model.rope_theta,
         "rotary_pct": model.rotary_fraction,
-        "tie_word_embeddings": family.tied(model),
+        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
         "use_parallel_residual": True,
-        "vocab_size": vocab_size,
+        "vocab_size": model.vocab_size,
     }
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmscale.config.schema import Model
 from llmscale.models import llama_like
 from llmscale.models.family import Family
 from llmscale.models.hugging_face import HuggingFace, require
 
-if TYPE_CHECKING:
-    from llmscale.config.schema import Model
 
-
-def _to_config(family: Family, model: Model, vocab_size: int) -> dict[str, Any]:
-    return {**llama_like.to_config(family, model, vocab_size), "use_sliding_window": False}
+def _to_config(model: Model) -> dict[str, Any]:
+    return {**llama_like.to_config(model), "use_sliding_window": False}
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from llmscale.cli.main import main
 from llmscale.config.load import load
 from llmscale.distributed.layout import problems
 from llmscale.errors import ConfigError
+from llmscale.models.family import families
 
 GOOD = """\
 model: {preset: tiny-llama, vocab_size: 100}
 data: {train: [{path: data}], sequence_length: 64}
 training: {steps: 10, global_batch_size: 8}
 """
+FAMILIES = ", ".join(families())
 PRESETS = "gpt2-large, gpt2-medium, gpt2-small, gpt2-xl, gpt3-13b, gpt3-175b, "
 PRESETS += "llama-13b, llama-1b, llama-70b, llama-7b, tiny-gpt2, tiny-llama"
 SHIPPED = "zero0.json, zero1.json, zero2.json, zero2_offload.json, zero3.json, zero3_offload.json"
@@ -148,7 +150,10 @@ OVERRIDES: list[tuple[str, str]] = [
         f"model.preset: there is no preset 'tiny-lama'; did you mean tiny-llama? (presets: {PRESETS})",
     ),
     ("model.preset=[a]", f"model.preset: a name is wanted, not a list; presets: {PRESETS}"),
-    ("model.family=lama", "model.family: there is no family 'lama'; use one of gpt2, llama"),
+    (
+        "model.family=lama",
+        "model.family: there is no family 'lama'; use one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
+    ),
     # Keys that contradict each other.
     (
         "schedule.warmup_steps=50",
@@ -295,7 +300,7 @@ training: {steps: 10, global_batch_size: 8, validation_interval: 1}
 schedule: {warmup_steps: 11}
 """,
         [
-            "model.family: there is no family 'gtp'; use one of gpt2, llama",
+            f"model.family: there is no family 'gtp'; use one of {FAMILIES}",
             "model.num_attention_heads: 6 heads do not divide hidden_size 64; use 4 or 8, or set model.head_dim",
             "data.sequence_length: 4096 is longer than model.max_position_embeddings 2048; "
             "use at most 2048, or raise model.max_position_embeddings",
