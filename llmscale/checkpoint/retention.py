@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.save import remove
-from llmscale.errors import CheckpointError
+from llmscale.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,30 @@ def find(resume: str, folder: Path) -> Checkpoint | None:
         return None
     if resume == "auto":
         return newest_whole(folder)
-    path = Path(resume)
-    if (path / "manifest.json").is_file():
-        return Checkpoint(path)
-    for nested in (path, path / "checkpoints"):
-        found = newest_whole(nested)
-        if found is not None:
-            return found
-    raise CheckpointError(
-        f"checkpoint.resume: {path} holds no whole checkpoint; name a step_* folder or a run directory"
-    )
+    found = _at(Path(resume))
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint.resume: {resume} holds no whole checkpoint; name a step_* folder or a run directory"
+        )
+    return found
+
+
+def open_checkpoint(place: Path) -> Checkpoint:
+    """A step's folder, or the newest whole checkpoint of a run directory.
+
+    Raises:
+        UsageError: there is none. CheckpointError: the step that was named is broken.
+    """
+    found = _at(place)
+    if found is None:
+        raise UsageError(f"{place}: no whole checkpoint there; name a step_* folder or a run directory")
+    return found
+
+
+def _at(place: Path) -> Checkpoint | None:
+    if (place / "manifest.json").is_file():
+        return Checkpoint(place)
+    return newest_whole(place) or newest_whole(place / "checkpoints")
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

@@ -55,11 +55,9 @@ def list_command(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """Show what CHECKPOINT is: step, tokens, layout, versions, and its weights by global name."""
-    from llmscale.checkpoint.retention import find
+    from llmscale.checkpoint.retention import open_checkpoint
 
-    found = find(str(checkpoint), checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: no checkpoint")
+    found = open_checkpoint(checkpoint)
     about = {key: found.manifest[key] for key in ("step", "tokens", "layout", "versions", "states")}
     weights = {name: list(weight.shape) for name, weight in found.weights.items()}
     parameters = sum(weight.numel for weight in found.weights.values())
@@ -80,11 +78,9 @@ def verify(checkpoint: Path) -> None:
     """Read all of CHECKPOINT and check that every weight and state is there, whole and finite; exit 1 if not."""
     import torch
 
-    from llmscale.checkpoint.retention import find
+    from llmscale.checkpoint.retention import open_checkpoint
 
-    found = find(str(checkpoint), checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: no checkpoint")
+    found = open_checkpoint(checkpoint)
     for name in found.weights:
         for state in found.states:
             if not torch.isfinite(found.whole(name, state)).all():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llmscale.checkpoint.format import Checkpoint
-from llmscale.checkpoint.retention import find, prune
+from llmscale.checkpoint.retention import find, open_checkpoint, prune
 from llmscale.checkpoint.save import save
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
@@ -151,7 +151,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     stack.callback(engine.close)
     folder = output / "checkpoints"
     checkpoint = find(config.checkpoint.resume, folder)
-    beginning = find(config.checkpoint.start_from, folder) if config.checkpoint.start_from else None
+    beginning = open_checkpoint(Path(config.checkpoint.start_from)) if config.checkpoint.start_from else None
     if checkpoint is not None:
         seen = _resume(engine, checkpoint, run, launch.rank)
     else:
