@@ -78,7 +78,7 @@ def test_the_longest_sequence_ends_it(opened: TextModel) -> None:
     prompt = TEXT[:60]
     length = len(opened.words.encode(prompt))
     assert opened.generate([prompt], Sampling(10_000, 0)) == opened.generate([prompt], Sampling(64 - length, 0))
-    with pytest.raises(UsageError, match=r"--prompt: has \d+ tokens, and the model takes 64 in all"):
+    with pytest.raises(UsageError, match=r"--prompt: has \d+ tokens, and the model takes 64 with the text"):
         opened.generate([TEXT * 5], GREEDY)
 
 
