@@ -22,7 +22,8 @@ import click
 from llmscale.errors import LlmscaleError
 
 COMMANDS = {
-    name: f"llmscale.cli.{name}" for name in ("pretrain", "generate", "data", "checkpoint", "convert", "doctor")
+    name: f"llmscale.cli.{name}"
+    for name in ("pretrain", "generate", "evaluate", "data", "checkpoint", "convert", "doctor")
 }
 """Command -> the module whose `command` it is, in the order of the help."""
 INTERRUPTED = 130

@@ -44,7 +44,7 @@ class TextModel:
         self.words = Tokenizer(tokenizer)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        self._model = model.eval().to(self._device)
+        self.model = model.eval().to(self._device)
         vocab_size = int(model.config.vocab_size)
         if self.words.vocab_size > vocab_size:
             raise UsageError(
@@ -75,7 +75,7 @@ class TextModel:
         ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows], device=self._device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
         torch.manual_seed(sampling.seed)
-        found = self._model.generate(
+        found = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=self._settings(sampling, longest),

@@ -31,8 +31,9 @@ MATRIX = {
     "training": DEVICES | {"models", "data", "checkpoint", "versions"},
     "convert": DEVICES | {"models", "data", "checkpoint", "versions"},
     "inference": DEVICES | {"models", "data", "checkpoint", "convert"},
+    "evaluation": DEVICES | {"data"},
     "doctor": set(),
-    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "convert", "doctor"},
+    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "convert", "evaluation", "doctor"},
     "__main__": {"cli"},
 }
 """Part -> the other parts it may import. models and data never meet; nothing imports what stands further down."""

@@ -1,0 +1,92 @@
+"""`llmscale evaluate`: how good a model is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llmscale.cli.progress import display
+from llmscale.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmscale.data.build import Progress
+
+
+@click.group(epilog="Example: llmscale evaluate perplexity runs/demo --data data/validation")
+def command() -> None:
+    """Evaluate a checkpoint or an export."""
+
+
+def _show(report: Callable[[Progress], None], done: int, total: int) -> None:
+    from llmscale.data.build import Progress
+
+    report(Progress(total, done))
+
+
+@command.command(epilog="Example: llmscale evaluate perplexity runs/demo --data data/validation --stride 512")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", "places", multiple=True, required=True, metavar="FOLDER|URL", help="A split; repeatable.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens of a window; the model's longest sequence if not given."
+)
+@click.option("--stride", type=click.IntRange(1), help="Tokens from window to window; half the context if not given.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows of one forward pass.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Read so many tokens of each split; all if not given.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the model's own when not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def perplexity(
+    model: Path,
+    places: tuple[str, ...],
+    context: int | None,
+    stride: int | None,
+    batch_size: int,
+    max_tokens: int | None,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL (a step's folder, a run directory, or a folder in Hugging Face's format) on token shards.
+
+    Every token counts once, whatever window it is in: each window predicts what the one before has not.
+    """
+    from llmscale.data.split import Split
+    from llmscale.distributed.launch import quiet_imports
+
+    splits = [Split(place) for place in places]
+    quiet_imports()
+    from llmscale.evaluation.perplexity import score, together
+    from llmscale.inference.generate import open_text_model
+
+    with open_text_model(model, tokenizer) as (place, opened):
+        for split in splits:
+            if split.card.tokenizer_sha256 != opened.words.sha256:
+                raise UsageError(f"--data {split.place}: was tokenised with another tokenizer than the model's")
+        window = context or opened.context
+        if window > opened.context:
+            raise UsageError(f"--context {window}: the model takes {opened.context}")
+        step = stride or max(1, window // 2)
+        if step > window:
+            raise UsageError(f"--stride {step}: leaves out tokens between windows of {window}; use at most {window}")
+        scores = []
+        for split in splits:
+            with display("evaluating") as report:
+                scores.append(
+                    score(
+                        opened.model, split, window, step, batch_size, max_tokens,
+                        partial(_show, report),
+                    )
+                )  # fmt: skip
+    total = together(scores)
+    rows = [*scores, total] if len(scores) > 1 else scores
+    if as_json:
+        sources = [{"source": s.source, "tokens": s.tokens, "loss": s.loss, "perplexity": s.perplexity} for s in scores]
+        about = {"model": str(place), "context": window, "stride": step, "sources": sources}
+        click.echo(json.dumps({**about, "tokens": total.tokens, "loss": total.loss, "perplexity": total.perplexity}))
+        return
+    click.echo(f"{place}, windows of {window} tokens, a stride of {step}")
+    for row in rows:
+        click.echo(f"  {row.source}: perplexity {row.perplexity:,.3f}, loss {row.loss:.5f} over {row.tokens:,} tokens")
