@@ -87,12 +87,15 @@ def require(config: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) ->
             raise ConversionError(f"config.json: {key} is {json.dumps(config[key])}; supported is {said}")
 
 
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """A key that has to be there.
+def size_of(config: Mapping[str, Any], key: str) -> int:
+    """A size that has to be there.
 
     Raises:
-        ConversionError: it is not.
+        ConversionError: it is not, or is none.
     """
-    if config.get(key) is None:
+    value = config.get(key)
+    if value is None:
         raise ConversionError(f"config.json: no {key}; it is not the config of a {config.get('model_type')} model")
-    return config[key]
+    if not isinstance(value, int) or value < 1:
+        raise ConversionError(f"config.json: {key} is {json.dumps(value)}; a whole number above 0 is wanted")
+    return value

@@ -154,6 +154,18 @@ OVERRIDES: list[tuple[str, str]] = [
         "model.family=lama",
         "model.family: there is no family 'lama'; use one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
     ),
+    (
+        "model.rope_scaling={factor: 8, low_freq: 2}",
+        "model.rope_scaling.low_freq: is not a key of the config; did you mean model.rope_scaling.low_freq_factor?",
+    ),
+    (
+        "model.rope_scaling={original_max_position_embeddings: 64}",
+        "model.rope_scaling.factor: is missing; e.g. factor: 8.0",
+    ),
+    (
+        "model.rope_scaling={factor: 8, low_freq_factor: 4}",
+        "model.rope_scaling.high_freq_factor: 4.0 is out of range; use a value above 4",
+    ),
     # Keys that contradict each other.
     (
         "schedule.warmup_steps=50",
