@@ -75,7 +75,7 @@ class Model(Section):
         "the working folder; keys given beside it win.",
     )
     family: str = Field(
-        description="Model family: gpt2, gpt_neox, llama, mistral, qwen2 or qwen3; see docs/models.md.",
+        description="Model family: gemma, gpt2, gpt_neox, llama, mistral, qwen2 or qwen3; see docs/models.md.",
         examples=["llama"],
     )
     num_layers: Int = Field(ge=1, description="Number of Transformer layers.", examples=[16])

@@ -37,9 +37,9 @@ UNSUPPORTED = {
     "qwen2_moe": "mixture-of-experts layers are not built",
     "qwen3_moe": "mixture-of-experts layers are not built",
     "deepseek_v3": "mixture-of-experts layers and latent attention are not built",
-    "gemma": "its scaled embeddings and norms of 1 + weight are not built",
-    "gemma2": "its soft caps and norms of 1 + weight are not built",
-    "gemma3_text": "its alternating windows and norms of 1 + weight are not built",
+    "gemma2": "its soft caps, alternating windows and norms behind attention and MLP are not built",
+    "gemma3": "it reads images, and its alternating windows are not built",
+    "gemma3_text": "its alternating windows and norms behind attention and MLP are not built",
     "gpt_oss": "mixture-of-experts layers and attention sinks are not built",
     "phi3": "its fused projections and long rotary factors are not built",
 }

@@ -34,6 +34,8 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
     (Case(2, False, 1, 1, 1, zero=2, family="qwen3"), {"num_query_groups": 2, "head_dim": 12}),
     (Case(2, True, 2, 1, 1, zero=1, family="qwen3", tied=True), {"num_query_groups": 2}),
     (Case(1, False, 2, 2, 1, zero=3, family="qwen3"), {"num_query_groups": 1}),
+    (Case(2, True, 2, 1, 1, zero=2, family="gemma", tied=True), {"num_query_groups": 2, "head_dim": 12}),
+    (Case(1, False, 1, 1, 2, zero=3, family="gemma"), {"num_query_groups": 1}),
     (Case(2, True, 1, 1, 1, zero=1, family="gpt_neox", mask=True), {"rotary_fraction": 0.25}),
     (Case(2, False, 1, 1, 1, zero=3, family="gpt_neox", recompute="full"), {"rotary_fraction": 0.5}),
     (Case(1, False, 2, 2, 1, zero=1, family="gpt_neox", recompute="selective"), {"rotary_fraction": 0.25}),

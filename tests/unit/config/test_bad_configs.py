@@ -152,7 +152,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("model.preset=[a]", f"model.preset: a name is wanted, not a list; presets: {PRESETS}"),
     (
         "model.family=lama",
-        "model.family: there is no family 'lama'; use one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
+        "model.family: there is no family 'lama'; use one of gemma, gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
     ),
     (
         "model.rope_scaling={factor: 8, low_freq: 2}",

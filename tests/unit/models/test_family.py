@@ -22,7 +22,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 def test_families_are_found_by_name() -> None:
-    names = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"]
+    names = ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"]
     assert {name: family.name for name, family in families().items()} == dict(zip(names, names, strict=True))
 
 

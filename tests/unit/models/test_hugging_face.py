@@ -30,6 +30,11 @@ QWEN3 = {
     "intermediate_size": 3072, "max_position_embeddings": 40960, "num_attention_heads": 16, "num_hidden_layers": 28,
     "num_key_value_heads": 8, "sliding_window": None,
 }  # fmt: skip
+GEMMA = {
+    "hidden_act": "gelu", "head_dim": 256, "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 16384,
+    "max_position_embeddings": 8192, "model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18,
+    "num_key_value_heads": 1, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "vocab_size": 256000,
+}  # fmt: skip
 PYTHIA = {
     "hidden_act": "gelu", "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
     "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 12,
@@ -41,7 +46,7 @@ GPT2 = {
     "model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
     "vocab_size": 50257,
 }  # fmt: skip
-OF_FAMILY = {config["model_type"]: config for config in (LLAMA, MISTRAL, QWEN2, QWEN3, PYTHIA, GPT2)}
+OF_FAMILY = {config["model_type"]: config for config in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PYTHIA, GPT2)}
 
 
 def model_of(config: dict[str, Any]) -> Model:
@@ -61,10 +66,11 @@ def parameters(config: dict[str, Any]) -> int:
         (MISTRAL, 7_241_732_096),
         (QWEN2, 494_032_768),
         (QWEN3, 596_049_920),
+        (GEMMA, 2_506_172_416),
         (PYTHIA, 162_322_944),
         (GPT2, 124_439_808),
     ],
-    ids=["Llama-3.1-8B", "Mistral-7B-v0.3-shape", "Qwen2.5-0.5B", "Qwen3-0.6B", "pythia-160m", "gpt2"],
+    ids=["Llama-3.1-8B", "Mistral-7B-v0.3-shape", "Qwen2.5-0.5B", "Qwen3-0.6B", "gemma-2b", "pythia-160m", "gpt2"],
 )
 def test_a_published_model_has_its_published_number_of_parameters(config: dict[str, Any], count: int) -> None:
     if config is MISTRAL:
@@ -115,6 +121,8 @@ def test_a_key_that_is_not_there_is_what_transformers_takes_it_for() -> None:
     assert model_of(without(LLAMA, "num_key_value_heads")).query_groups == 32
     assert model_of(without(PYTHIA, "rotary_pct")).rotary_fraction == 0.25
     assert model_of(GPT2).tie_embeddings is True
+    model = model_of(without(GEMMA, "num_key_value_heads", "head_dim"))
+    assert (model.query_groups, model.head_size, model.tie_embeddings) == (16, 256, True)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -143,6 +151,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, r"layer_types holds sliding_attention"),
         ({**QWEN2, "rope_scaling": YARN}, r"rope_type is 'yarn'"),
         ({**QWEN3, "attention_bias": True}, r"attention_bias is true"),
+        ({**GEMMA, "hidden_activation": "relu"}, r'hidden_activation is "relu"'),
+        ({**GEMMA, "use_bidirectional_attention": True}, r"use_bidirectional_attention is true"),
         ({**PYTHIA, "use_parallel_residual": False}, r"use_parallel_residual is false; supported is true"),
         ({**PYTHIA, "hidden_act": "gelu_fast"}, r'hidden_act is "gelu_fast"; supported is "gelu"'),
         ({**PYTHIA, "attention_bias": False}, r"attention_bias is false"),
