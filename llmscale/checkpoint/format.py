@@ -1,18 +1,21 @@
 """What a checkpoint is on disk, and how it is read.
 
     checkpoints/step_00000100/
-        manifest.json            step, tokens, the run's config, layout, versions, and the size of every file
-        index.json               weight -> the fragments it is made of, and the file each stands in
+        manifest.json            step, tokens, the run's config, layout, versions, data position; every file's size and
+                                 checksums; a checksum of itself
+        index.json               weight -> the fragments it is made of: the file each stands in, and its checksums
         rank_00000.safetensors   what rank 0 owned: fragments of fp32 weights and optimizer state, and its random state
 
 Things have global names, so that any layout loads what any other saved. A fragment is a run of one tensor-parallel
 part of a weight, flattened: ZeRO cuts weights at arbitrary elements. Writing happens in a hidden folder that is
-renamed at the end: a reader sees all of a checkpoint or none. No pickle anywhere.
+renamed at the end: a reader sees all of a checkpoint or none. No pickle anywhere. Checksums are CRC-32: of each
+tensor's bytes, compared whenever one is read, and of all other bytes of the files, so that no flipped bit goes unseen.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +25,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmscale.checkpoint.tensor_file import Header, write
+from llmscale.checkpoint.tensor_file import raw_bytes, read_head
 from llmscale.config.schema import Model, RunConfig
 from llmscale.errors import CheckpointError
 from llmscale.models.cut import local_shape, pieces
 from llmscale.models.family import Weight, families
 
-FORMAT = 1
+FORMAT = 2
 WEIGHT = "weight"
 """The state that every weight has: its fp32 master. The others are the optimizer's: exp_avg, exp_avg_sq, ..."""
 
@@ -60,16 +63,26 @@ class Entry:
     tensor_size: int
     start: int
     numel: int
+    crc32: Mapping[str, int]
+    """Of each state's bytes."""
 
     def key(self, state: str, weight: str) -> str:
         """The tensor's name in its file."""
         return f"{state}/{weight}/{self.tensor_rank}/{self.start}"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write tensors by name to a safetensors file. Returns the file's bytes."""
-    headers = [Header(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return write(path, headers, tensors.values())
+class Damaged(CheckpointError):
+    """A file of a checkpoint is missing, cut short or altered: an older checkpoint may be whole."""
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of itself."""
+    return {**manifest, "crc32": _crc32_of(manifest)}
+
+
+def _crc32_of(manifest: Mapping[str, Any]) -> int:
+    plain = {key: value for key, value in manifest.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
 class Checkpoint:
@@ -83,25 +96,30 @@ class Checkpoint:
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path}/manifest.json: format {self.manifest.get('format')!r}, this llmscale reads {FORMAT}; "
-                "convert it with the llmscale that wrote it"
+                "use the llmscale that wrote it"
             )
-        for name, size in self.manifest["files"].items():
+        if self.manifest.get("crc32") != _crc32_of(self.manifest):
+            raise Damaged(f"{path}/manifest.json: was altered (its checksum differs); use another checkpoint")
+        for name, about in self.manifest["files"].items():
             file = path / name
             found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise CheckpointError(f"{file}: {what}; use another checkpoint of {path.parent}")
+            if found != about["bytes"]:
+                what = "is missing" if found is None else f"has {found} bytes instead of {about['bytes']}"
+                raise Damaged(f"{file}: {what}; use another checkpoint of {path.parent}")
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:
-            content = json.loads(file.read_text())
+            text = file.read_bytes()
+            content = json.loads(text)
         except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: no {name}, so this is not a whole llmscale checkpoint") from None
+            raise Damaged(f"{self.path}: no {name}, so this is not a whole llmscale checkpoint") from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); use another checkpoint") from None
+            raise Damaged(f"{file}: cannot be read ({error}); use another checkpoint") from None
         if not isinstance(content, dict):
-            raise CheckpointError(f"{file}: a JSON object is wanted; use another checkpoint")
+            raise Damaged(f"{file}: a JSON object is wanted; use another checkpoint")
+        if name != "manifest.json" and zlib.crc32(text) != self.manifest["files"][name]["head_crc32"]:
+            raise Damaged(f"{file}: was altered (its checksum differs); use another checkpoint")
         return content
 
     @cached_property
@@ -142,17 +160,54 @@ class Checkpoint:
         """What was saved of each weight: "weight" and the optimizer's state."""
         return tuple(self.manifest["states"])
 
-    def tensor(self, file: str, key: str) -> torch.Tensor:
-        """One tensor of one file."""
+    def tensor(self, file: str, key: str, crc32: int) -> torch.Tensor:
+        """One tensor of one file, compared with its checksum.
+
+        Raises:
+            Damaged: it cannot be read, or was altered.
+        """
         try:
             if file not in self._opened:
                 self._opened[file] = safe_open(self.path / file, framework="pt").__enter__()
             result: torch.Tensor = self._opened[file].get_tensor(key)
-            return result
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint"
-            ) from None
+            raise Damaged(f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint") from None
+        if zlib.crc32(raw_bytes(result)) != crc32:
+            raise Damaged(f"{self.path / file}: {key} was altered (its checksum differs); use another checkpoint")
+        return result
+
+    def random_state(self, file: str) -> dict[str, torch.Tensor]:
+        """The random state in a rank's file, by name."""
+        about = self.manifest["files"][file]["random"]
+        return {name: self.tensor(file, f"rng/{name}", crc32) for name, crc32 in about.items()}
+
+    def problems(self) -> Iterator[str]:
+        """All that is wrong with any byte of it, a line each; reads everything once. Its numbers must be finite."""
+        for name, about in self.manifest["files"].items():
+            if name.endswith(".safetensors") and zlib.crc32(read_head(self.path / name)) != about["head_crc32"]:
+                yield f"{self.path / name}: its header was altered (its checksum differs)"
+            for part, crc32 in about.get("random", {}).items():
+                yield from self._problem(name, f"rng/{part}", crc32)
+        try:
+            index = self.index
+        except Damaged as error:
+            yield str(error)
+            return
+        for weight in self.weights:
+            if weight not in index:
+                yield f"{self.path}: {weight} is not in it"
+            for entry in index.get(weight, ()):
+                for state in self.states:
+                    yield from self._problem(entry.file, entry.key(state, weight), entry.crc32[state])
+
+    def _problem(self, file: str, key: str, crc32: int) -> Iterator[str]:
+        try:
+            tensor = self.tensor(file, key, crc32)
+        except Damaged as error:
+            yield str(error)
+            return
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            yield f"{self.path / file}: {key} holds numbers that are not finite"
 
     def part(self, name: str, state: str, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """What tensor-parallel rank `tensor_rank` of `tensor_size` holds of a weight, in its local shape."""
@@ -178,11 +233,11 @@ class Checkpoint:
         for entry in self.index[name]:
             low, high = max(start, entry.start), min(start + numel, entry.start + entry.numel)
             if entry.tensor_rank == tensor_rank and low < high:
-                fragment = self.tensor(entry.file, entry.key(state, name))
+                fragment = self.tensor(entry.file, entry.key(state, name), entry.crc32[state])
                 result[low - start : high - start] = fragment[low - entry.start : high - entry.start]
                 covered += high - low
         if covered != numel:
-            raise CheckpointError(
+            raise Damaged(
                 f"{self.path}: {name}: {covered} of {numel} elements of {state} found; use another checkpoint"
             )
         return result

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from llmscale.checkpoint.format import Checkpoint
+from llmscale.checkpoint.format import Checkpoint, Damaged
 from llmscale.checkpoint.save import remove
-from llmscale.errors import CheckpointError
+from llmscale.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -23,34 +24,59 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; broken ones are passed over with a warning."""
+    return next(whole(folder), None)
+
+
+def whole(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints that are whole as far as sizes tell, newest first; others are passed over with a warning."""
     for path in reversed(checkpoints(folder)):
         try:
-            return Checkpoint(path)
-        except CheckpointError as error:
+            yield Checkpoint(path)
+        except Damaged as error:
             logger.warning("passing over a broken checkpoint: %s", error)
-    return None
 
 
-def find(resume: str, folder: Path) -> Checkpoint | None:
-    """What `checkpoint.resume` names: auto, never, or the path of a checkpoint or of a folder of them.
+def candidates(resume: str, folder: Path) -> Iterator[Checkpoint]:
+    """What `checkpoint.resume` names, the best first: auto, never, or a checkpoint or a folder of them.
 
     Raises:
-        CheckpointError: the path that was asked for holds no whole checkpoint.
+        CheckpointError: the path that was asked for, or a folder that has checkpoints, holds no whole one.
     """
     if resume == "never":
-        return None
+        return
     if resume == "auto":
-        return newest_whole(folder)
-    path = Path(resume)
-    if (path / "manifest.json").is_file():
-        return Checkpoint(path)
-    for nested in (path, path / "checkpoints"):
-        found = newest_whole(nested)
-        if found is not None:
-            return found
-    raise CheckpointError(
-        f"checkpoint.resume: {path} holds no whole checkpoint; name a step_* folder or a run directory"
-    )
+        found = None
+        for found in whole(folder):
+            yield found
+        if found is None and checkpoints(folder):
+            raise CheckpointError(
+                f"{folder}: none of its checkpoints is whole; copy one there, or set checkpoint.resume to never"
+            )
+        return
+    named = _at(Path(resume))
+    if named is None:
+        raise CheckpointError(
+            f"checkpoint.resume: {resume} holds no whole checkpoint; name a step_* folder or a run directory"
+        )
+    yield named
+
+
+def open_checkpoint(place: Path) -> Checkpoint:
+    """A step's folder, or the newest whole checkpoint of a run directory.
+
+    Raises:
+        UsageError: there is none. CheckpointError: the step that was named is broken.
+    """
+    found = _at(place)
+    if found is None:
+        raise UsageError(f"{place}: no whole checkpoint there; name a step_* folder or a run directory")
+    return found
+
+
+def _at(place: Path) -> Checkpoint | None:
+    if (place / "manifest.json").is_file():
+        return Checkpoint(place)
+    return newest_whole(place) or newest_whole(place / "checkpoints")
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llmscale.errors import CheckpointError
+from llmscale.errors import CheckpointError, UsageError
 
 
 @click.group(epilog="Example: llmscale checkpoint list runs/demo")
@@ -32,7 +32,7 @@ def list_command(run: Path, as_json: bool) -> None:
     for path in checkpoints(_folder(run)):
         try:
             found = Checkpoint(path)
-            size = sum(found.manifest["files"].values())
+            size = sum(about["bytes"] for about in found.manifest["files"].values())
             rows.append({"path": str(path), "step": found.step, "tokens": found.manifest["tokens"], "bytes": size})
         except CheckpointError as error:
             rows.append({"path": str(path), "broken": str(error)})
@@ -55,11 +55,9 @@ def list_command(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """Show what CHECKPOINT is: step, tokens, layout, versions, and its weights by global name."""
-    from llmscale.checkpoint.retention import find
+    from llmscale.checkpoint.retention import open_checkpoint
 
-    found = find(str(checkpoint), checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: no checkpoint")
+    found = open_checkpoint(checkpoint)
     about = {key: found.manifest[key] for key in ("step", "tokens", "layout", "versions", "states")}
     weights = {name: list(weight.shape) for name, weight in found.weights.items()}
     parameters = sum(weight.numel for weight in found.weights.values())
@@ -76,19 +74,27 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
 
 @command.command(epilog="Example: llmscale checkpoint verify runs/demo/checkpoints/step_00000100")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-def verify(checkpoint: Path) -> None:
-    """Read all of CHECKPOINT and check that every weight and state is there, whole and finite; exit 1 if not."""
-    import torch
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def verify(context: click.Context, checkpoint: Path, as_json: bool) -> None:
+    """Compare every byte of CHECKPOINT with its checksums; its numbers must be finite. Exit code 1 if it is broken."""
+    from llmscale.checkpoint.format import Checkpoint, Damaged
+    from llmscale.checkpoint.retention import checkpoints
 
-    from llmscale.checkpoint.retention import find
-
-    found = find(str(checkpoint), checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: no checkpoint")
-    for name in found.weights:
-        for state in found.states:
-            if not torch.isfinite(found.whole(name, state)).all():
-                raise CheckpointError(
-                    f"{found.path}: {name}: {state} holds numbers that are not finite; use an older one"
-                )
-    click.echo(f"{found.path}: whole, {len(found.weights)} weights, states {', '.join(found.states)}")
+    path = checkpoint if (checkpoint / "manifest.json").exists() else None
+    if path is None:
+        found = checkpoints(_folder(checkpoint))
+        if not found:
+            raise UsageError(f"{checkpoint}: no checkpoint there; name a step_* folder or a run directory")
+        path = found[-1]
+    try:
+        opened = Checkpoint(path)
+        problems = list(opened.problems())
+    except Damaged as error:
+        problems = [str(error)]
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "whole": not problems, "problems": problems}))
+        context.exit(1 if problems else 0)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    click.echo(f"{path}: whole, {len(opened.weights)} weights, states {', '.join(opened.states)}")

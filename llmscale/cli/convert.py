@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from llmscale.cli.progress import display
-from llmscale.errors import ConversionError, UsageError
+from llmscale.errors import ConversionError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -63,16 +63,14 @@ def to_hf(
     The export is then loaded by transformers, and its logits are compared with those of the checkpoint. That takes
     4 bytes a parameter; where they differ by more than the tolerance the export is marked failed, and the exit code 1.
     """
-    from llmscale.checkpoint.retention import find
+    from llmscale.checkpoint.retention import open_checkpoint
     from llmscale.data.build import Progress
     from llmscale.distributed.launch import quiet_imports
 
     quiet_imports()
     from llmscale.convert.to_hf import to_hf as run
 
-    found = find(str(checkpoint), checkpoint / "checkpoints")
-    if found is None:
-        raise UsageError(f"{checkpoint}: no checkpoint")
+    found = open_checkpoint(checkpoint)
     with display("converting") as report:
         export = run(
             found,

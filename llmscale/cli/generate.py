@@ -1,4 +1,4 @@
-"""`llmscale generate`: text from a checkpoint."""
+"""`llmscale generate`: text from a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -11,55 +11,61 @@ from llmscale.errors import UsageError
 
 
 @click.command(epilog="Example: llmscale generate runs/demo --prompt 'def main(' --max-tokens 200")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="Text to go on from; empty begins a new document.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="A prompt a line, generated as one batch."
+)
 @click.option("--max-tokens", type=click.IntRange(1), default=100, show_default=True, help="Tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
 @click.option("--top-k", type=click.IntRange(0), default=50, show_default=True, help="Of the k likeliest; 0 of all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the run's own when not given.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--stop", multiple=True, help="Text that ends the generation; may be given several times.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the model's own when not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a prompt, one a line.")
 def command(
-    checkpoint: Path,
+    model: Path,
     prompt: str,
+    prompts: Path | None,
     max_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
     seed: int,
+    stop: tuple[str, ...],
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
-    """Generate text from CHECKPOINT: a step's folder, or a run directory for its newest."""
-    from llmscale.checkpoint.retention import find
-    from llmscale.data.tokenizer import Tokenizer
+    """Generate text from MODEL: a step's folder, a run directory for its newest, or a folder in Hugging Face's format.
+
+    On a terminal the text of a single prompt appears as it is generated.
+    """
     from llmscale.distributed.launch import quiet_imports
 
+    texts = [prompt] if prompts is None else _lines(prompts, prompt)
     quiet_imports()
-    from llmscale.inference.model import open_model
-    from llmscale.inference.sample import Sampling, sample
+    from llmscale.inference.generate import Sampling, open_text_model
 
-    found = find(str(checkpoint), checkpoint / "checkpoints")
-    if found is None:
-        raise UsageError(f"{checkpoint}: no checkpoint")
-    path = tokenizer or found.path.parent.parent / "tokenizer.json"
-    if not path.exists():
-        raise UsageError(f"{path}: no tokenizer there; name one with --tokenizer")
-    words = Tokenizer(path)
-    model = found.model
-    vocab_size = model.vocab_size or words.vocab_size
-    if words.vocab_size > vocab_size:
-        raise UsageError(
-            f"{path}: {words.vocab_size} tokens, and the model has {vocab_size}; name the right --tokenizer"
-        )
-    ids = [int(i) for i in words.encode(prompt)] or [words.end_of_document]
-    settings = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    with open_model(found.model, found.whole, found.precision) as (stage, device):
-        context = model.max_position_embeddings
-        tokens = list(sample(stage, ids, settings, context, vocab_size, words.end_of_document, device))
-    text = words.decode(tokens)
-    if as_json:
-        click.echo(json.dumps({"checkpoint": str(found.path), "prompt": prompt, "text": text, "tokens": len(tokens)}))
-    else:
-        click.echo(prompt + text)
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, tuple(text for text in stop if text))
+    with open_text_model(model, tokenizer) as (place, opened):
+        if len(texts) == 1 and not as_json:
+            click.echo(texts[0], nl=False)
+            opened.generate(texts, sampling, lambda piece: click.echo(piece, nl=False))
+            click.echo()
+            return
+        for given, text in zip(texts, opened.generate(texts, sampling), strict=True):
+            row = {"checkpoint": str(place), "prompt": given, "text": text}
+            click.echo(json.dumps(row) if as_json else f"{given}{text}\n")
+
+
+def _lines(path: Path, prompt: str) -> list[str]:
+    if prompt:
+        raise UsageError("--prompt and --prompts: give one of them")
+    try:
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {path}: cannot be read ({error}); give a text file with a prompt a line") from None
+    if not found:
+        raise UsageError(f"--prompts {path}: is empty; give a prompt a line")
+    return found

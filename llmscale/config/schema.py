@@ -267,6 +267,15 @@ class Checkpoint(Section):
         description="auto: from the newest whole checkpoint of the run directory, if there is one; never; "
         "or the path of a checkpoint.",
     )
+    asynchronous: Bool = Field(
+        True,
+        description="Go on with training while a checkpoint is written; takes as much of the node's memory as the "
+        "weights and optimizer state of its ranks have.",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop",
+        description="What a failed save does: end the run, or be warned of, and tried again at the next interval.",
+    )
     start_from: str | None = Field(
         None,
         min_length=1,

@@ -10,6 +10,7 @@ One weight is in memory at a time. Nothing in the folder is run: no code, no pic
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llmscale.checkpoint.format import FORMAT, WEIGHT, Entry
-from llmscale.checkpoint.save import step_name
+from llmscale.checkpoint.save import step_name, write_records
 from llmscale.checkpoint.tensor_file import Header, write
 from llmscale.config import yaml_text
 from llmscale.config.schema import Model
@@ -222,7 +223,7 @@ def _write(
     report: Callable[[int, int], None],
 ) -> None:
     index: dict[str, list[dict[str, Any]]] = {}
-    files: dict[str, int] = {}
+    files: dict[str, dict[str, Any]] = {}
     total = sum(pair.weight.numel for pair, _ in found)
     done = 0
 
@@ -240,13 +241,14 @@ def _write(
         file = f"weights_{number:05d}.safetensors"
         headers = []
         for pair, names in part:
-            numel = 1
-            for size in local_shape(pair.weight, 1):
-                numel *= size
-            entry = Entry(file, 0, 1, 0, numel)
+            numel = math.prod(local_shape(pair.weight, 1))
+            key = Entry(file, 0, 1, 0, numel, {}).key(WEIGHT, pair.weight.name)
+            headers.append(Header(key, source.about(names[0])[0], (numel,)))
+        done_file = write(step / file, headers, tensors(part))
+        files[file] = {"bytes": done_file.bytes, "head_crc32": done_file.head_crc32}
+        for (pair, _), header in zip(part, headers, strict=True):
+            entry = Entry(file, 0, 1, 0, header.shape[0], {WEIGHT: done_file.crc32[header.name]})
             index[pair.weight.name] = [asdict(entry)]
-            headers.append(Header(entry.key(WEIGHT, pair.weight.name), source.about(names[0])[0], (numel,)))
-        files[file] = write(step / file, headers, tensors(part))
     kinds = {source.about(names[0])[0] for _, names in found}
     manifest = {
         "format": FORMAT,
@@ -261,10 +263,8 @@ def _write(
         },
         "imported": imported,
         "states": [WEIGHT],
-        "files": files,
     }
-    for name, content in (("index.json", index), ("manifest.json", manifest)):
-        (step / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_records(step, manifest, index, files)
 
 
 def _files(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llmscale.checkpoint.format import Checkpoint
-from llmscale.inference.model import open_model
+from llmscale.convert.whole_model import open_model
 
 TOLERANCE = 1e-4
 SEED = 1234

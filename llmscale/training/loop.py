@@ -43,12 +43,14 @@ class StepTimes:
 class Events:
     """What the loop calls; all of it on every rank.
 
-    step: after each step that is logged. validation: (step, mean loss). save: write a checkpoint of this step.
+    always: after each step. step: after each step that is logged. validation: (step, mean loss). save: write a
+    checkpoint of this step.
     """
 
     step: Callable[[int, StepResult, float, StepTimes], None]
     validation: Callable[[int, float], None]
     save: Callable[[int], None]
+    always: Callable[[], None]
 
 
 def train(
@@ -69,6 +71,7 @@ def train(
         rate = learning_rate(step)
         engine.set_learning_rate(rate)
         result = engine.train_step(batch)
+        events.always()
         times = StepTimes(data_seconds=waited, step_seconds=time.perf_counter() - begin)
         if _due(step, config.logging.interval, steps):
             events.step(step, result, rate, times)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from llmscale.checkpoint.format import Checkpoint
-from llmscale.checkpoint.retention import find, prune
-from llmscale.checkpoint.save import save
+from llmscale.checkpoint.format import Checkpoint, Damaged
+from llmscale.checkpoint.retention import candidates, open_checkpoint, prune
+from llmscale.checkpoint.save import Saved, Saver
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
 from llmscale.config.schema import DataSource, RunConfig
@@ -38,6 +40,7 @@ from llmscale.training.optimizer import build_optimizer, moments
 from llmscale.training.sinks.wandb import check_available
 from llmscale.versions import versions
 
+logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
 PREFETCH = 2
 """Batches read ahead of the step that needs them."""
@@ -150,14 +153,11 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     )
     stack.callback(engine.close)
     folder = output / "checkpoints"
-    checkpoint = find(config.checkpoint.resume, folder)
-    beginning = find(config.checkpoint.start_from, folder) if config.checkpoint.start_from else None
-    if checkpoint is not None:
-        seen = _resume(engine, checkpoint, run, launch.rank)
-    else:
-        seen = Seen()
-        if beginning is not None:
-            state.start_from(engine, beginning, config.model)
+    checkpoint, seen = _resume_newest(engine, run, folder, launch.rank)
+    beginning = None
+    if checkpoint is None and config.checkpoint.start_from:
+        beginning = open_checkpoint(Path(config.checkpoint.start_from))
+        state.start_from(engine, beginning, config.model)
     described = {**asdict(run.layout), "data": run.layout.data}
     lines = report.start_report(
         config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
@@ -167,7 +167,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         dump(config, output / "config.yaml")
         # Beside the checkpoints, so that they can be used where the data is not.
         shutil.copyfile(config.data.tokenizer or run.train.tokenizer, output / "tokenizer.json")
-    if checkpoint is None and beginning is not None:
+    if beginning is not None:
         recorder.note(f"begins with the weights of {beginning.path}")
     if checkpoint is not None:
         recorder.note(f"resumed from {checkpoint.path} at step {seen.steps}{_changes(checkpoint, described)}")
@@ -187,12 +187,27 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device, end),
         )
 
+    saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
+    figures: dict[str, float] = {}
+
+    def ended(saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.error is None:
+            figures["checkpoint_seconds"] = saved.seconds
+            recorder.saved(saved.path)
+        elif config.checkpoint.on_error == "continue":
+            recorder.note(f"warning: not saved, going on: {saved.error}")
+        else:
+            raise CheckpointError(saved.error)
+
     def write(step: int) -> None:
+        began = time.monotonic()
         facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state()), described, versions())
-        path = save(folder, step, list(state.fragments(engine)), state.random_state(), facts)
-        if launch.rank == 0:
-            prune(folder, config.checkpoint.keep)
-        recorder.saved(path)
+        ended(saver.save(step, list(state.fragments(engine)), state.random_state(), facts))
+        figures["checkpoint_pause_seconds"] = time.monotonic() - began
+        if not config.checkpoint.asynchronous:
+            ended(saver.wait())
 
     def validation(stream: Stream) -> Iterator[list[Batch]]:
         with loader(stream, 0, config.training.validation_batches) as batches:
@@ -208,11 +223,13 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     def step(number: int, result: StepResult, rate: float, times: StepTimes) -> None:
         position = seen.sequences + (number - seen.steps) * config.training.global_batch_size
         skips = config.data.on_error == "skip"
-        recorder.step(number, result, rate, times, _data_figures(run.train, position, skips))
+        recorder.step(number, result, rate, times, {**_data_figures(run.train, position, skips), **figures})
+        figures.clear()
 
-    events = Events(step=step, validation=recorder.validation, save=write)
+    events = Events(step=step, validation=recorder.validation, save=write, always=lambda: ended(saver.poll()))
     validate = partial(validation, run.validation) if run.validation else None
     train(engine, ahead, validate, rate, config, seen.steps, events)
+    ended(saver.wait())
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,23 @@ class Seen:
     sequences: int = 0
     tokens: int = 0
     notes: tuple[str, ...] = ()
+
+
+def _resume_newest(engine: Engine, run: Run, folder: Path, rank: int) -> tuple[Checkpoint | None, Seen]:
+    """Load what checkpoint.resume names; with auto, the one before a checkpoint that turns out to be damaged."""
+    resume, damaged = run.config.checkpoint.resume, ""
+    for checkpoint in candidates(resume, folder):
+        try:
+            return checkpoint, _resume(engine, checkpoint, run, rank)
+        except Damaged as error:
+            if resume != "auto":
+                raise
+            damaged = str(error)
+            if rank == 0:
+                logger.warning("passing over a broken checkpoint: %s", error)
+    if damaged:
+        raise CheckpointError(f"{damaged}; no older one is whole: copy one there, or set checkpoint.resume to never")
+    return None, Seen()
 
 
 def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen:

@@ -6,10 +6,11 @@ restored where the layout is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Fragment
@@ -56,11 +57,10 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is of another model, or of another optimizer.
     """
-    _check_shapes(engine, checkpoint, "give the run another output_dir, or set checkpoint.resume to never")
     states = [state for state in checkpoint.states if state != WEIGHT]
     if states:
         engine.zero.make_state(states, checkpoint.step)
-    _load(engine, checkpoint, checkpoint.states)
+    _load(engine, checkpoint, checkpoint.states, "give the run another output_dir, or set checkpoint.resume to never")
 
 
 @torch.no_grad()
@@ -76,8 +76,7 @@ def start_from(engine: Engine, checkpoint: Checkpoint, model: Model) -> None:
             f"checkpoint.start_from: {checkpoint.path} is of another model: {'; '.join(changed[:3])}; set it so, or "
             "name its model.yaml as model.preset"
         )
-    _check_shapes(engine, checkpoint, "name its model.yaml as model.preset")
-    _load(engine, checkpoint, (WEIGHT,))
+    _load(engine, checkpoint, (WEIGHT,), "name its model.yaml as model.preset")
 
 
 def _computation(model: Model) -> dict[str, Any]:
@@ -97,15 +96,33 @@ def _check_shapes(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:
             )
 
 
-def _load(engine: Engine, checkpoint: Checkpoint, states: Sequence[str]) -> None:
-    for part, owned in _parts(engine):
-        targets = {WEIGHT: owned.master, **engine.zero.state(owned)}
-        for state in states:
-            values = checkpoint.read(
-                part.weight.name, state, part.tensor_rank, part.tensor_size, part.start, owned.numel
-            )
-            targets[state].copy_(values)
+def _load(engine: Engine, checkpoint: Checkpoint, states: Sequence[str], fix: str) -> None:
+    def read() -> None:
+        _check_shapes(engine, checkpoint, fix)
+        for part, owned in _parts(engine):
+            targets = {WEIGHT: owned.master, **engine.zero.state(owned)}
+            for state in states:
+                values = checkpoint.read(
+                    part.weight.name, state, part.tensor_rank, part.tensor_size, part.start, owned.numel
+                )
+                targets[state].copy_(values)
+
+    _on_all_ranks(read)
     engine.zero.publish_masters()
+
+
+def _on_all_ranks(read: Callable[[], None]) -> None:
+    """What is wrong on one rank is raised on all: they go on together, or not at all."""
+    problem: CheckpointError | None = None
+    try:
+        read()
+    except CheckpointError as error:
+        problem = error
+    problems: list[CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise found
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -120,9 +137,10 @@ def random_state() -> dict[str, torch.Tensor]:
 
 def restore_random_state(checkpoint: Checkpoint, rank: int) -> None:
     """Put this rank's random state back as it was saved."""
-    file = f"rank_{rank:05d}.safetensors"
-    torch.set_rng_state(checkpoint.tensor(file, "rng/cpu"))
+    saved: dict[str, torch.Tensor] = {}
+    _on_all_ranks(lambda: saved.update(checkpoint.random_state(f"rank_{rank:05d}.safetensors")))
+    torch.set_rng_state(saved["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.tensor(file, "rng/cuda"))
+        torch.cuda.set_rng_state(saved["cuda"])
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({name: checkpoint.tensor(file, f"rng/tracker.{name}") for name in tracker.get_states()})
+    tracker.set_states({name: saved[f"tracker.{name}"] for name in tracker.get_states()})

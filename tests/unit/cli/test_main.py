@@ -115,7 +115,8 @@ def test_done_is_0(swap: Callable[[click.Command], None]) -> None:
         (["checkpoints"], "error: no command 'checkpoints'; did you mean checkpoint? (see llmscale --help)"),
         (
             ["zzz"],
-            "error: no command 'zzz'; there are pretrain, generate, data, checkpoint, convert, doctor (see llmscale --help)",
+            "error: no command 'zzz'; there are pretrain, generate, data, checkpoint, convert, doctor "
+            "(see llmscale --help)",
         ),
         (["pretrain"], "error: Missing argument 'CONFIG' (see llmscale pretrain --help)"),
     ],
