@@ -59,7 +59,8 @@ def _problem(section: str, model: type[Section], detail: ErrorDetails) -> Proble
         return unknown(where, _keys_at(model, location[:-1]), str(location[-1]))
     annotation, field = _at(model, location)
     if reason == "missing":
-        return Problem(where, "is missing", _give(where, annotation, field, "preset" in model.model_fields))
+        or_preset = "preset" in model.model_fields and len(location) == 1
+        return Problem(where, "is missing", _give(where, annotation, field, or_preset))
     if reason in ("too_short", "string_too_short"):
         return Problem(where, "is empty", _give(where, annotation, field))
     if reason == "too_long":

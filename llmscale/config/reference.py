@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from llmscale.config import deepspeed_keys, messages, shipped
 from llmscale.config.load import preset, preset_names
-from llmscale.config.schema import LARGEST, DataSource, Model, RunConfig, Section
+from llmscale.config.schema import LARGEST, DataSource, Model, RopeScaling, RunConfig, Section
 
 INTRO = """\
 # Config reference
@@ -67,6 +67,8 @@ def markdown(parameters: Callable[[Model], int]) -> str:
             parts += [f"## {name}", f"{field.annotation.__doc__}{needed}", _section(field.annotation)]
             if name == "data":
                 parts += ["Each source of `data.train` and `data.validation`:", _section(DataSource)]
+            elif name == "model":
+                parts += [f"`model.rope_scaling`: {RopeScaling.__doc__}", _section(RopeScaling)]
     parts += ["## Presets", _presets(parameters), _deepspeed()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -92,7 +94,7 @@ def _type(annotation: Any) -> str:
         item = messages.bare_type(get_args(bare)[0])
         words = "list of " + {int: "whole numbers", float: "numbers"}.get(item, "sources")
     else:
-        words = {bool: "true or false", int: "whole number", float: "number"}.get(bare, "text")
+        words = {bool: "true or false", int: "whole number", float: "number", RopeScaling: "section"}.get(bare, "text")
     return words + (" or null" if NoneType in get_args(annotation) else "")
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 LARGEST = 2**31 - 1
 """No size, count or step is larger; what is, is a typing error."""
@@ -52,9 +52,18 @@ class RopeScaling(Section):
         1.0, gt=0.0, description="Wavelengths above original_max_position_embeddings / this are stretched in full."
     )
     high_freq_factor: Float = Field(
-        4.0, gt=0.0, description="Wavelengths below original_max_position_embeddings / this stay as they are."
+        4.0,
+        validate_default=True,
+        description="Wavelengths below original_max_position_embeddings / this stay; above low_freq_factor.",
     )
     original_max_position_embeddings: Int = Field(8192, ge=1, description="Longest sequence before the stretch.")
+
+    @field_validator("high_freq_factor")
+    @classmethod
+    def _above_low(cls, value: float, info: ValidationInfo) -> float:
+        if value <= (low := info.data.get("low_freq_factor", 0.0)):
+            raise PydanticKnownError("greater_than", {"gt": low})
+        return value
 
 
 class Model(Section):
@@ -66,7 +75,8 @@ class Model(Section):
         "the working folder; keys given beside it win.",
     )
     family: str = Field(
-        description="Model family, a file in `llmscale/models/families/`: gpt2 or llama.", examples=["llama"]
+        description="Model family: gemma, gpt2, gpt_neox, llama, mistral, qwen2 or qwen3; see docs/models.md.",
+        examples=["llama"],
     )
     num_layers: Int = Field(ge=1, description="Number of Transformer layers.", examples=[16])
     hidden_size: Int = Field(ge=1, description="Width of the residual stream.", examples=[2048])
@@ -103,7 +113,7 @@ class Model(Section):
         examples=[{"factor": 8.0, "original_max_position_embeddings": 8192}],
     )
     rotary_fraction: Float = Field(
-        1.0, gt=0.0, le=1.0, description="Share of each head that the rotary positions turn; GPT-NeoX turns 0.25."
+        1.0, gt=0.0, le=1.0, description="Share of each head that the rotary positions turn; 0.25 in Pythia."
     )
     init_std: Float = Field(
         0.02,

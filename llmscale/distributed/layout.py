@@ -155,6 +155,18 @@ def _legal_tensor(f: Facts) -> str:
     return f"use {_nearest(sizes, f.parallel.tensor)}"
 
 
+def _rotary(f: Facts) -> bool | None:
+    """Whether the family has rotary positions; None where there is no such family."""
+    return None if f.family is None else f.family.positions == "rope"
+
+
+def _turns_too_little(f: Facts) -> bool:
+    """Whether a part of each head is to turn, and it is no pair, or the family turns none."""
+    if f.family is None or f.model.rotary_fraction == 1:
+        return False
+    return not _rotary(f) or int(f.model.head_size * f.model.rotary_fraction) < 2 <= f.model.head_size
+
+
 def _example_stages(f: Facts) -> str:
     """One number a stage: as many as a line can show."""
     if f.stages > 64:
@@ -188,13 +200,30 @@ RULES: tuple[Rule, ...] = (
         "model.head_dim",
         "is even with rotary positions, which turn pairs of numbers",
         lambda f: (
-            f.family is not None
-            and f.family.positions == "rope"
+            _rotary(f) is True
             and (f.model.head_dim is not None or f.model.hidden_size % f.model.num_attention_heads == 0)
             and f.model.head_size % 2 > 0
         ),
         lambda f: f"rotary positions turn pairs: a head of {f.model.head_size} is odd",
         lambda f: f"use {_nearest_multiple(2, f.model.head_size)}",
+    ),
+    Rule(
+        "model.rotary_fraction",
+        "leaves a pair of numbers of each head to turn, and is 1 without rotary positions",
+        _turns_too_little,
+        lambda f: (
+            f"{f.model.rotary_fraction} of a head of {f.model.head_size} is less than a pair"
+            if _rotary(f)
+            else f"{f.model.family} has no rotary positions"
+        ),
+        lambda f: f"use at least {2 / f.model.head_size:g}" if _rotary(f) else "use 1",
+    ),
+    Rule(
+        "model.rope_scaling",
+        "is null without rotary positions",
+        lambda f: _rotary(f) is False and f.model.rope_scaling is not None,
+        lambda f: f"{f.model.family} has no rotary positions",
+        lambda f: "use null",
     ),
     Rule(
         "data.sequence_length",

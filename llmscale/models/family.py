@@ -58,8 +58,10 @@ class Family:
     """The parts of a family's layers."""
 
     name: str
-    norm: Literal["layernorm", "rmsnorm"]
-    activation: Literal["gelu", "gelu_tanh", "swiglu"]
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"]
+    """rmsnorm_plus_one: by 1 + weight in place of weight."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"]
+    """gelu is the exact one, geglu's the tanh form."""
     positions: Literal["learned", "rope"]
     bias: bool
     """Biases on all linear layers of the Transformer's blocks."""
@@ -72,6 +74,13 @@ class Family:
     """The family's norm on each head's query and key, before the rotary positions."""
     parallel_residual: bool = False
     """x + attention(norm(x)) + mlp(norm'(x)) in place of one after the other."""
+    scaled_embeddings: bool = False
+    """Embeddings times sqrt(hidden_size) before the first layer."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is activation(gate) × up."""
+        return self.activation in ("swiglu", "geglu")
 
     def tied(self, model: Model) -> bool:
         """Whether the output layer is the embedding."""
@@ -104,8 +113,7 @@ class Family:
         if self.positions == "learned":
             shape = (model.max_position_embeddings, hidden)
             yield Weight("embedding.position_embeddings.weight", shape, "replicated", "normal")
-        gated = self.activation == "swiglu"
-        up: Cut = "gated_rows" if gated else "rows"
+        up: Cut = "gated_rows" if self.gated else "rows"
         for layer in range(model.num_layers):
             at = f"decoder.layers.{layer}"
             yield from self._norm(f"{at}.input_layernorm", hidden, layer)
@@ -119,14 +127,16 @@ class Family:
                 for part in ("q_layernorm", "k_layernorm"):
                     yield from self._norm(f"{at}.self_attention.{part}", model.head_size, layer, per_head=True)
             yield from self._norm(f"{at}.pre_mlp_layernorm", hidden, layer)
-            yield from self._linear(f"{at}.mlp.linear_fc1", (ffn * (2 if gated else 1), hidden), up, layer, self.bias)
+            width = ffn * (2 if self.gated else 1)
+            yield from self._linear(f"{at}.mlp.linear_fc1", (width, hidden), up, layer, self.bias)
             yield from self._linear(f"{at}.mlp.linear_fc2", (hidden, ffn), "columns", layer, self.bias)
         yield from self._norm("decoder.final_layernorm", hidden, None)
         if not self.tied(model):
             yield Weight("output_layer.weight", (vocab_size, hidden), "vocab", "normal")
 
     def _norm(self, name: str, size: int, layer: int | None, per_head: bool = False) -> Iterator[Weight]:
-        yield Weight(f"{name}.weight", (size,), "replicated", "ones", layer, per_head)
+        init: Init = "zeros" if self.norm == "rmsnorm_plus_one" else "ones"
+        yield Weight(f"{name}.weight", (size,), "replicated", init, layer, per_head)
         if self.norm == "layernorm":
             yield Weight(f"{name}.bias", (size,), "replicated", "zeros", layer, per_head)
 

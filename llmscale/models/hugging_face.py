@@ -37,9 +37,9 @@ UNSUPPORTED = {
     "qwen2_moe": "mixture-of-experts layers are not built",
     "qwen3_moe": "mixture-of-experts layers are not built",
     "deepseek_v3": "mixture-of-experts layers and latent attention are not built",
-    "gemma": "its scaled embeddings and norms of 1 + weight are not built",
-    "gemma2": "its soft caps and norms of 1 + weight are not built",
-    "gemma3_text": "its alternating windows and norms of 1 + weight are not built",
+    "gemma2": "its soft caps, alternating windows and norms behind attention and MLP are not built",
+    "gemma3": "it reads images, and its alternating windows are not built",
+    "gemma3_text": "its alternating windows and norms behind attention and MLP are not built",
     "gpt_oss": "mixture-of-experts layers and attention sinks are not built",
     "phi3": "its fused projections and long rotary factors are not built",
 }
@@ -87,12 +87,15 @@ def require(config: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) ->
             raise ConversionError(f"config.json: {key} is {json.dumps(config[key])}; supported is {said}")
 
 
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """A key that has to be there.
+def size_of(config: Mapping[str, Any], key: str) -> int:
+    """A size that has to be there.
 
     Raises:
-        ConversionError: it is not.
+        ConversionError: it is not, or is none.
     """
-    if config.get(key) is None:
+    value = config.get(key)
+    if value is None:
         raise ConversionError(f"config.json: no {key}; it is not the config of a {config.get('model_type')} model")
-    return config[key]
+    if not isinstance(value, int) or value < 1:
+        raise ConversionError(f"config.json: {key} is {json.dumps(value)}; a whole number above 0 is wanted")
+    return value

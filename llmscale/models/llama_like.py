@@ -7,7 +7,7 @@ from typing import Any
 
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
-from llmscale.models.hugging_face import Rule, require, value_of
+from llmscale.models.hugging_face import Rule, require, size_of
 
 PREFIX = "model."
 IGNORED = ("rotary_emb.inv_freq",)
@@ -71,24 +71,30 @@ def to_config(model: Model) -> dict[str, Any]:
     }
 
 
-def from_config(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
-    """The keys of `model`. tied: what an absent tie_word_embeddings means.
+def from_config(
+    config: Mapping[str, Any], *, groups: int | None = None, head_dim: int | None = None, tied: bool = False
+) -> dict[str, Any]:
+    """The keys of `model`.
+
+    groups, head_dim, tied: what absent num_key_value_heads, head_dim and tie_word_embeddings mean to the family's class
+    in transformers; None: as many as heads, and hidden_size / heads.
 
     Raises:
         ConversionError: a key is missing, or says something that is not built.
     """
-    require(config, {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "pretraining_tp": (1,)})
-    theta, scaling = rotary(config)
-    heads = value_of(config, "num_attention_heads")
+    theta, scaling, fraction = rotary(config)
+    if fraction not in (None, 1.0):
+        raise ConversionError(f"config.json: partial_rotary_factor is {fraction}; supported is 1.0")
+    heads = size_of(config, "num_attention_heads")
     return {
-        "num_layers": value_of(config, "num_hidden_layers"),
-        "hidden_size": value_of(config, "hidden_size"),
+        "num_layers": size_of(config, "num_hidden_layers"),
+        "hidden_size": size_of(config, "hidden_size"),
         "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "ffn_hidden_size": value_of(config, "intermediate_size"),
-        "vocab_size": value_of(config, "vocab_size"),
-        "max_position_embeddings": value_of(config, "max_position_embeddings"),
+        "num_query_groups": config.get("num_key_value_heads", groups) or heads,
+        "head_dim": config.get("head_dim", head_dim) or config["hidden_size"] // heads,
+        "ffn_hidden_size": size_of(config, "intermediate_size"),
+        "vocab_size": size_of(config, "vocab_size"),
+        "max_position_embeddings": size_of(config, "max_position_embeddings"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", tied)),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
@@ -97,18 +103,40 @@ def from_config(config: Mapping[str, Any], tied: bool = False) -> dict[str, Any]
     }
 
 
-def rotary(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, Llama 3's stretch if there is one). transformers 5 keeps both in rope_parameters, 4 apart.
+def full_attention(config: Mapping[str, Any]) -> None:
+    """Refuse Qwen's windows of attention, which `use_sliding_window` turns on, for the layers of `layer_types`.
+
+    Raises:
+        ConversionError: there are some.
+    """
+    require(config, {"use_sliding_window": (False, None)})
+    if kinds := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
+        raise ConversionError(f"config.json: layer_types holds {', '.join(kinds)}; supported is full_attention")
+
+
+def rotary(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float | None]:
+    """(theta, Llama 3's stretch if there is one, the share of a head that turns if it is said).
+
+    transformers 5 keeps all in rope_parameters, 4 beside it and in rope_scaling; where there are both, rope_scaling is
+    what transformers reads.
 
     Raises:
         ConversionError: another kind of scaling.
     """
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    fraction = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if parts := sorted(key for key, value in parameters.items() if isinstance(value, Mapping)):
+        raise ConversionError(
+            f"config.json: rope_parameters differ between {', '.join(parts)}; supported is one for all"
+        )
     if kind == "default":
-        return float(theta), None
+        return theta, None, fraction
     if kind != "llama3":
         raise ConversionError(f"config.json: rope_type is {kind!r}; supported is 'default' or 'llama3'")
+    given = {"original_max_position_embeddings": config.get("max_position_embeddings"), **parameters}
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return float(theta), {key: value_of(parameters, key) for key in keys}
+    if missing := [key for key in keys if given.get(key) is None]:
+        raise ConversionError(f"config.json: rope_type is 'llama3', and there is no {', '.join(missing)}")
+    return theta, {key: given[key] for key in keys}, fraction

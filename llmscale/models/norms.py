@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -34,4 +35,16 @@ class RMSNorm(torch.nn.RMSNorm):
         _mark(self, config)
 
 
-NORMS: dict[str, type[torch.nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+class RMSNormPlusOne(RMSNorm):
+    """RMSNorm by 1 + weight, in fp32 as Gemma's is: in bf16 the sum would round small weights away."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., hidden]"""
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+NORMS: dict[str, type[torch.nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "rmsnorm_plus_one": RMSNormPlusOne,
+}

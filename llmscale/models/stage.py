@@ -53,6 +53,9 @@ class Stage(MegatronModule):
         self.post_process = groups.position.pipeline == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1
         self.layers = layers
         self.tied = family.tied(model)
+        # Rounded to the weights' type, as transformers' Gemma has it.
+        scale = torch.tensor(model.hidden_size**0.5, dtype=config.params_dtype).item()
+        self._embedding_scale = scale if family.scaled_embeddings else 1.0
         self.rotary_pos_emb: RotaryEmbedding | None = None
         self._table = {weight.name: weight for weight in family.parameters(model, vocab_size)}
         padded = padded_vocab_size(vocab_size, layout.tensor)
@@ -120,6 +123,8 @@ class Stage(MegatronModule):
         if self.pre_process:
             places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             hidden = self.embedding(input_ids=tokens, position_ids=places if packing is None else packing.positions)
+            if self._embedding_scale != 1.0:
+                hidden = hidden * self._embedding_scale
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,

@@ -51,7 +51,7 @@ def transformer_config(model: Model, family: Family, training: Training, layout:
         add_bias_linear=family.bias,
         add_qkv_bias=family.bias or family.qkv_bias,
         qk_layernorm=family.qk_norm,
-        gated_linear_unit=family.activation == "swiglu",
+        gated_linear_unit=family.gated,
         activation_func=_activation(family),
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
@@ -127,8 +127,8 @@ class ParallelLayer(TransformerLayer):
 
 
 def _fuses(family: Family) -> bool:
-    """Whether Megatron's fused kernel computes the activation. Its GELU is the tanh form, and wants a bias."""
-    return torch.cuda.is_available() and (family.activation == "swiglu" or family.activation == "gelu_tanh")
+    """Whether Megatron's fused kernel computes the activation. Its GELU is the tanh form; not gated it wants a bias."""
+    return torch.cuda.is_available() and family.activation != "gelu"
 
 
 def _activation(family: Family) -> object:

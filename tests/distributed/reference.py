@@ -7,7 +7,7 @@ computes with a bf16 copy of fp32 master weights, and adds the gradients of micr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,15 @@ def initial_weights(config: RunConfig) -> Weights:
     return {w.name: initial_tensor(w, model, config.run.seed, torch.device("cpu")) for w in table}
 
 
+def inside_documents(tokens: torch.Tensor) -> torch.Tensor:
+    """What each token of [batch, sequence] sees, itself and what its document has before it: [batch, 1, sequence,
+    sequence], true or false."""
+    ended = (tokens == END_OF_DOCUMENT).long()
+    document = ended.cumsum(1) - ended  # documents that ended before this token
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril()[:, None]
+
+
 def forward(weights: Weights, config: RunConfig, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocab] of tokens [batch, sequence]."""
     model, family = config.model, families()[config.model.family]
@@ -60,14 +69,8 @@ def forward(weights: Weights, config: RunConfig, tokens: torch.Tensor) -> torch.
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
-    place = torch.arange(sequence).expand(batch, sequence)
-    mask = None
-    if config.data.mask_documents:
-        ended = (tokens == END_OF_DOCUMENT).long()
-        document = ended.cumsum(1) - ended  # documents that ended before this token
-        same = document[:, :, None] == document[:, None, :]
-        mask = same.tril()[:, None]
-        place = mask[:, 0].sum(2) - 1
+    mask = inside_documents(tokens) if config.data.mask_documents else None
+    place = torch.arange(sequence).expand(batch, sequence) if mask is None else mask[:, 0].sum(2) - 1
     x = weights["embedding.word_embeddings.weight"][tokens]
     if family.positions == "learned":
         x = x + weights["embedding.position_embeddings.weight"][place]
@@ -105,11 +108,15 @@ def _rate(config: RunConfig, step: int) -> float:
 
 
 def train(
-    config: RunConfig, batches: Iterator[torch.Tensor], accumulation: torch.dtype = torch.float32
+    config: RunConfig,
+    batches: Iterator[torch.Tensor],
+    accumulation: torch.dtype = torch.float32,
+    logits_of: Callable[[Weights, RunConfig, torch.Tensor], torch.Tensor] = forward,
 ) -> tuple[list[ReferenceStep], Weights]:
     """Train on batches of int64 [global_batch, sequence + 1]. Returns every step, and the last fp32 weights.
 
     accumulation: the type in which micro-batches' gradients are added; another than fp32 shows what a test can see.
+    logits_of: the model, as `forward`.
     """
     bf16, micro = config.training.precision == "bf16", config.training.micro_batch_size
     initial = initial_weights(config)
@@ -129,7 +136,7 @@ def train(
         sums = {name: torch.zeros_like(parameter, dtype=accumulation) for name, parameter in masters.items()}
         for part in parts:
             compute = {n: (p.detach().bfloat16() if bf16 else p.detach()).requires_grad_() for n, p in masters.items()}
-            logits = forward(compute, config, part[:, :-1])
+            logits = logits_of(compute, config, part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
             losses.append(loss.item())
             gradients = torch.autograd.grad(loss / len(parts), list(compute.values()))

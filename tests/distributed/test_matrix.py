@@ -95,11 +95,9 @@ def reference_of(config: dict[str, Any]) -> tuple[list[reference.ReferenceStep],
     return expected(json.dumps({**left_out, "run": {"seed": config["run"]["seed"]}}, sort_keys=True))
 
 
-@pytest.mark.parametrize("case", FP32, ids=str)
-def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, short_documents: Path, tmp_path: Path) -> None:
-    config = run_config(case, short_documents if case.mask else corpus, tmp_path / "run", "fp32")
-    rows, checkpoint = train(config, case.world_size, tmp_path)
-    steps, weights = reference_of(config)
+def assert_fp32(
+    rows: list[dict[str, Any]], checkpoint: Checkpoint, steps: list[reference.ReferenceStep], weights: reference.Weights
+) -> None:
     assert len(rows) == len(steps)
     for row, step in zip(rows, steps, strict=True):
         assert row["loss"] == pytest.approx(step.loss, rel=1e-5)
@@ -108,6 +106,13 @@ def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, short_doc
     assert set(checkpoint.index) == set(weights)
     for name, weight in weights.items():
         torch.testing.assert_close(checkpoint.whole(name), weight, rtol=0, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", FP32, ids=str)
+def test_fp32_layout_trains_as_the_reference(case: Case, corpus: Path, short_documents: Path, tmp_path: Path) -> None:
+    config = run_config(case, short_documents if case.mask else corpus, tmp_path / "run", "fp32")
+    rows, checkpoint = train(config, case.world_size, tmp_path)
+    assert_fp32(rows, checkpoint, *reference_of(config))
 
 
 # bf16: one flipped bit of a bf16 weight is 4e-3 of it, and Adam makes much of it a step later, so weights are

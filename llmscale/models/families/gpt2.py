@@ -8,7 +8,7 @@ from typing import Any
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
-from llmscale.models.hugging_face import HuggingFace, Rule, require, value_of
+from llmscale.models.hugging_face import HuggingFace, Rule, require, size_of
 
 _LAYER, _THERE = "decoder.layers.{layer}", "transformer.h.{layer}"
 
@@ -64,14 +64,14 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "add_cross_attention": (False,),
         },
     )
-    hidden = value_of(config, "n_embd")
+    hidden = size_of(config, "n_embd")
     return {
-        "num_layers": value_of(config, "n_layer"),
+        "num_layers": size_of(config, "n_layer"),
         "hidden_size": hidden,
-        "num_attention_heads": value_of(config, "n_head"),
+        "num_attention_heads": size_of(config, "n_head"),
         "ffn_hidden_size": config.get("n_inner") or 4 * hidden,
-        "vocab_size": value_of(config, "vocab_size"),
-        "max_position_embeddings": value_of(config, "n_positions"),
+        "vocab_size": size_of(config, "vocab_size"),
+        "max_position_embeddings": size_of(config, "n_positions"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "dropout": config.get("resid_pdrop", 0.1),
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),

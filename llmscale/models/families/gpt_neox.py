@@ -10,7 +10,7 @@ from typing import Any
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
-from llmscale.models.hugging_face import HuggingFace, Rule, require, value_of
+from llmscale.models.hugging_face import HuggingFace, Rule, require, size_of
 from llmscale.models.llama_like import rotary
 
 _LAYER, _THERE = "decoder.layers.{layer}", "gpt_neox.layers.{layer}"
@@ -63,20 +63,18 @@ def _to_config(model: Model) -> dict[str, Any]:
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     require(config, {"hidden_act": ("gelu",), "use_parallel_residual": (True,), "attention_bias": (True,)})
-    theta, scaling = rotary({"rope_theta": config.get("rotary_emb_base"), **config})
+    theta, scaling, fraction = rotary({"rope_theta": config.get("rotary_emb_base"), **config})
     if scaling is not None:
         raise ConversionError("config.json: rope_type is 'llama3'; supported for gpt_neox is 'default'")
-    parameters = config.get("rope_parameters") or {}
-    fraction = parameters.get(
-        "partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    )
+    if fraction is None:
+        fraction = config.get("rotary_pct", 0.25)
     return {
-        "num_layers": value_of(config, "num_hidden_layers"),
-        "hidden_size": value_of(config, "hidden_size"),
-        "num_attention_heads": value_of(config, "num_attention_heads"),
-        "ffn_hidden_size": value_of(config, "intermediate_size"),
-        "vocab_size": value_of(config, "vocab_size"),
-        "max_position_embeddings": value_of(config, "max_position_embeddings"),
+        "num_layers": size_of(config, "num_hidden_layers"),
+        "hidden_size": size_of(config, "hidden_size"),
+        "num_attention_heads": size_of(config, "num_attention_heads"),
+        "ffn_hidden_size": size_of(config, "intermediate_size"),
+        "vocab_size": size_of(config, "vocab_size"),
+        "max_position_embeddings": size_of(config, "max_position_embeddings"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dropout": config.get("hidden_dropout", 0.0),
         "norm_eps": config.get("layer_norm_eps", 1e-5),

@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmscale.config.schema import Model
+from llmscale.errors import ConversionError
 from llmscale.models import llama_like
 from llmscale.models.family import Family
 from llmscale.models.hugging_face import HuggingFace, require
 
 
 def _to_config(model: Model) -> dict[str, Any]:
+    if model.hidden_size % model.num_attention_heads:
+        raise ConversionError(
+            f"model.num_attention_heads: {model.num_attention_heads} heads do not divide hidden_size "
+            f"{model.hidden_size}, which transformers' Llama wants, whatever head_dim is"
+        )
     return {**llama_like.to_config(model), "attention_bias": False, "mlp_bias": False}
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    require(config, {"attention_bias": (False,), "mlp_bias": (False,)})
+    require(config, {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)})
     return llama_like.from_config(config)
 
 

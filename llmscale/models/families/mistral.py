@@ -9,7 +9,7 @@ from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models import llama_like
 from llmscale.models.family import Family
-from llmscale.models.hugging_face import HuggingFace, value_of
+from llmscale.models.hugging_face import HuggingFace, require, size_of
 
 
 def _to_config(model: Model) -> dict[str, Any]:
@@ -17,13 +17,15 @@ def _to_config(model: Model) -> dict[str, Any]:
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    require(config, {"hidden_act": ("silu", "swish")})
     window = config.get("sliding_window", 4096)  # transformers' default
-    longest = value_of(config, "max_position_embeddings")
+    longest = size_of(config, "max_position_embeddings")
     if window is not None and window < longest:
         raise ConversionError(
-            f"config.json: sliding_window is {window}; supported is null, or at least the longest sequence, {longest}"
+            f"config.json: sliding_window is {window}; supported is null, or at least "
+            f"max_position_embeddings, {longest}: lower that to {window} for a model of sequences that short"
         )
-    return llama_like.from_config(config)
+    return llama_like.from_config(config, groups=8)
 
 
 FAMILY = Family(

@@ -16,8 +16,9 @@ def _to_config(model: Model) -> dict[str, Any]:
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    require(config, {"use_sliding_window": (False,)})
-    return llama_like.from_config(config)
+    require(config, {"hidden_act": ("silu", "swish")})
+    llama_like.full_attention(config)
+    return llama_like.from_config(config, groups=32)
 
 
 FAMILY = Family(

@@ -22,8 +22,9 @@ data: {train: [{path: data}], sequence_length: 64}
 training: {steps: 10, global_batch_size: 8}
 """
 FAMILIES = ", ".join(families())
-PRESETS = "gpt2-large, gpt2-medium, gpt2-small, gpt2-xl, gpt3-13b, gpt3-175b, "
-PRESETS += "llama-13b, llama-1b, llama-70b, llama-7b, tiny-gpt2, tiny-llama"
+PRESETS = "gemma-7b, gpt2-large, gpt2-medium, gpt2-small, gpt2-xl, gpt3-13b, gpt3-175b, "
+PRESETS += "llama-13b, llama-1b, llama-3-8b, llama-3.1-8b, llama-70b, llama-7b, mistral-7b, pythia-160m, pythia-6.9b, "
+PRESETS += "qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b, tiny-gpt2, tiny-llama"
 SHIPPED = "zero0.json, zero1.json, zero2.json, zero2_offload.json, zero3.json, zero3_offload.json"
 SECTIONS = "run, model, data, parallel, training, optimizer, schedule, deepspeed, checkpoint, logging"
 
@@ -152,7 +153,19 @@ OVERRIDES: list[tuple[str, str]] = [
     ("model.preset=[a]", f"model.preset: a name is wanted, not a list; presets: {PRESETS}"),
     (
         "model.family=lama",
-        "model.family: there is no family 'lama'; use one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
+        "model.family: there is no family 'lama'; use one of gemma, gpt2, gpt_neox, llama, mistral, qwen2, qwen3",
+    ),
+    (
+        "model.rope_scaling={factor: 8, low_freq: 2}",
+        "model.rope_scaling.low_freq: is not a key of the config; did you mean model.rope_scaling.low_freq_factor?",
+    ),
+    (
+        "model.rope_scaling={original_max_position_embeddings: 64}",
+        "model.rope_scaling.factor: is missing; e.g. factor: 8.0",
+    ),
+    (
+        "model.rope_scaling={factor: 8, low_freq_factor: 4}",
+        "model.rope_scaling.high_freq_factor: 4.0 is out of range; use a value above 4",
     ),
     # Keys that contradict each other.
     (

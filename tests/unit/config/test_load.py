@@ -139,7 +139,7 @@ def test_the_rules_of_layouts_see_the_stage_and_the_world_size(path: Path) -> No
 
 
 def test_every_file_of_the_presets_folder_is_a_preset() -> None:
-    assert len(preset_names()) == len(list(shipped.folder("presets").iterdir())) == 12
+    assert len(preset_names()) == len(list(shipped.folder("presets").iterdir())) == 22
     for name in preset_names():
         assert RunConfig.model_fields["model"].annotation.model_validate(preset(name))  # type: ignore[union-attr]
 

@@ -23,6 +23,16 @@ PUBLISHED = {
     "llama-7b": 6.738e9,
     "llama-13b": 13.016e9,
     "llama-70b": 68.98e9,
+    "llama-3-8b": 8.030e9,
+    "llama-3.1-8b": 8.030e9,
+    "mistral-7b": 7.248e9,
+    "qwen2.5-0.5b": 494.0e6,
+    "qwen2.5-7b": 7.616e9,
+    "qwen3-0.6b": 596.0e6,
+    "qwen3-8b": 8.191e9,
+    "gemma-7b": 8.538e9,
+    "pythia-160m": 162.3e6,
+    "pythia-6.9b": 6.857e9,
 }
 """Parameters in the papers and model cards; tied embeddings count once."""
 TINY = {"tiny-gpt2", "tiny-llama"}

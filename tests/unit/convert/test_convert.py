@@ -50,6 +50,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**{**BASE, "num_key_value_heads": 6}),
     "qwen2-tied": lambda: transformers.Qwen2Config(**BASE, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**BASE, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**BASE, head_dim=16),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "gpt2-untied": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False, n_inner=100),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**NEOX),
@@ -104,7 +105,15 @@ def test_there_and_back_gives_the_same_bytes_and_the_same_logits(case: str, dtyp
         assert torch.equal(after[name], tensor), name
     # transformers' own choice of a config says the same of both.
     one, two = (transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "again"))
-    unsaid = {"_name_or_path", "transformers_version", "dtype", "bos_token_id", "eos_token_id", "n_inner"}
+    unsaid = {
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "n_inner",
+    }
     same = {key for key in one if key in two and key not in unsaid}
     assert {key: one[key] for key in same if "dropout" not in key} == {
         key: two[key] for key in same if "dropout" not in key
@@ -208,7 +217,10 @@ def cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit(model_type="mixtral"), r"model_type 'mixtral': mixture-of-experts layers are not built; supported: gpt2"),
+        (
+            edit(model_type="mixtral"),
+            r"model_type 'mixtral': mixture-of-experts layers are not built; supported: gemma, gpt2",
+        ),
         (edit(model_type="strange"), r"model_type 'strange': is not among the families"),
         (edit(auto_map={"AutoModelForCausalLM": "modeling.Mine"}), r"auto_map names code .* never run"),
         (edit(quantization_config={"bits": 4}), r"quantised"),

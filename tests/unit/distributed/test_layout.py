@@ -66,6 +66,18 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
         "model.head_dim: rotary positions turn pairs: a head of 7 is odd; use 6 or 8",
         [({"model.head_dim": 6}, 1), ({"model.head_dim": 8}, 1)],
     ),
+    "leaves a pair of numbers of each head to turn, and is 1 without rotary positions": (
+        {"model.rotary_fraction": 0.125},
+        1,
+        "model.rotary_fraction: 0.125 of a head of 8 is less than a pair; use at least 0.25",
+        [({"model.rotary_fraction": 0.25}, 1)],
+    ),
+    "is null without rotary positions": (
+        {"model.family": "gpt2", "model.rope_scaling": {"factor": 8}},
+        1,
+        "model.rope_scaling: gpt2 has no rotary positions; use null",
+        [({"model.rope_scaling": None}, 1), ({"model.family": "llama"}, 1)],
+    ),
     "is at most model.max_position_embeddings": (
         {"data.sequence_length": 65},
         1,
