@@ -93,12 +93,16 @@ def main() -> None:
     plot = OUTPUT / "plots" / "loss.png"
     curves = [(name.replace("-", " "), OUTPUT / name / "metrics.jsonl") for name in RUNS]
     plot_loss(curves, plot, baseline=("unigram model", unigram))
-    run("llmscale", "generate", str(OUTPUT / "tensor-parallel"), "--prompt", PROMPT, "--max-tokens", "120")
+    export = OUTPUT / "hugging-face"
+    run("llmscale", "convert", "to-hf", str(OUTPUT / "tensor-parallel"), str(export))
+    run("llmscale", "generate", str(export), "--prompt", PROMPT, "--max-tokens", "120")
     print("\nvalidation loss, nats a token")
     print(f"  unigram model of the same text  {unigram:.3f}")
     for name in RUNS:
         print(f"  {name:30s}  {last_validation(OUTPUT / name / 'metrics.jsonl'):.3f}")
-    print(f"\nboth curves: {plot}\ncheckpoints: {OUTPUT}/*/checkpoints\ndone in {time.monotonic() - begin:.0f} s")
+    print(
+        f"\nboth curves: {plot}\ncheckpoints: {OUTPUT}/*/checkpoints\nfor transformers: {export}\ndone in {time.monotonic() - begin:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ tensor's bytes, compared whenever one is read, and of all other bytes of the fil
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from llmscale.checkpoint.tensor_file import raw_bytes, read_head
+from llmscale.checkpoint.tensor_file import Reader, raw_bytes
 from llmscale.config.schema import Model, RunConfig
 from llmscale.errors import CheckpointError
 from llmscale.models.cut import local_shape, pieces
@@ -91,7 +91,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where the checkpoint is missing, incomplete or of another format."""
         self.path = path
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, Reader] = {}
         self.manifest = self._json("manifest.json")
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(
@@ -167,14 +167,17 @@ class Checkpoint:
             Damaged: it cannot be read, or was altered.
         """
         try:
-            if file not in self._opened:
-                self._opened[file] = safe_open(self.path / file, framework="pt").__enter__()
-            result: torch.Tensor = self._opened[file].get_tensor(key)
-        except (OSError, SafetensorError) as error:
+            result = self._file(file).read(key)
+        except (OSError, ValueError) as error:
             raise Damaged(f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint") from None
         if zlib.crc32(raw_bytes(result)) != crc32:
             raise Damaged(f"{self.path / file}: {key} was altered (its checksum differs); use another checkpoint")
         return result
+
+    def _file(self, name: str) -> Reader:
+        if name not in self._opened:
+            self._opened[name] = Reader(self.path / name)
+        return self._opened[name]
 
     def random_state(self, file: str) -> dict[str, torch.Tensor]:
         """The random state in a rank's file, by name."""
@@ -184,8 +187,14 @@ class Checkpoint:
     def problems(self) -> Iterator[str]:
         """All that is wrong with any byte of it, a line each; reads everything once. Its numbers must be finite."""
         for name, about in self.manifest["files"].items():
-            if name.endswith(".safetensors") and zlib.crc32(read_head(self.path / name)) != about["head_crc32"]:
-                yield f"{self.path / name}: its header was altered (its checksum differs)"
+            if name.endswith(".safetensors"):
+                try:
+                    altered = zlib.crc32(self._file(name).head) != about["head_crc32"]
+                except (OSError, ValueError):
+                    altered = True
+                if altered:
+                    yield f"{self.path / name}: its header was altered (its checksum differs)"
+                    continue
             for part, crc32 in about.get("random", {}).items():
                 yield from self._problem(name, f"rng/{part}", crc32)
         try:
@@ -210,15 +219,15 @@ class Checkpoint:
             yield f"{self.path / file}: {key} holds numbers that are not finite"
 
     def part(self, name: str, state: str, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """What tensor-parallel rank `tensor_rank` of `tensor_size` holds of a weight, in its local shape."""
+        """What tensor-parallel rank `tensor_rank` of `tensor_size` holds of a weight, in its local shape.
+
+        fp32, but in the type that was saved where it is one saved tensor: an imported model's may be bf16.
+        """
         weight = self.weights[name]
         shape = local_shape(weight, tensor_size)
         saved_size = self.index[name][0].tensor_size
         if saved_size == tensor_size:
-            numel = 1
-            for size in shape:
-                numel *= size
-            return self.run(name, state, tensor_rank, 0, numel).view(shape)
+            return self.run(name, state, tensor_rank, 0, math.prod(shape)).view(shape)
         whole, local = self.whole(name, state), torch.zeros(shape)
         for piece in pieces(weight, tensor_rank, tensor_size):
             local.narrow(piece.dim, piece.local_start, piece.length).copy_(
@@ -228,11 +237,15 @@ class Checkpoint:
 
     def run(self, name: str, state: str, tensor_rank: int, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of a saved, flattened tensor-parallel part, from whatever holds them."""
+        own = [entry for entry in self.index[name] if entry.tensor_rank == tensor_rank]
+        for entry in own:
+            if (entry.start, entry.numel) == (start, numel):  # the usual case, without another copy
+                return self.tensor(entry.file, entry.key(state, name), entry.crc32[state])
         result = torch.empty(numel)
         covered = 0
-        for entry in self.index[name]:
+        for entry in own:
             low, high = max(start, entry.start), min(start + numel, entry.start + entry.numel)
-            if entry.tensor_rank == tensor_rank and low < high:
+            if low < high:
                 fragment = self.tensor(entry.file, entry.key(state, name), entry.crc32[state])
                 result[low - start : high - start] = fragment[low - entry.start : high - entry.start]
                 covered += high - low
@@ -242,8 +255,8 @@ class Checkpoint:
             )
         return result
 
-    def whole(self, name: str, state: str = WEIGHT) -> torch.Tensor:
-        """A weight (or its optimizer state) as one fp32 tensor of its global shape, without padding.
+    def whole(self, name: str, state: str = WEIGHT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A weight (or its optimizer state) as one tensor of its global shape, without padding.
 
         Raises:
             CheckpointError: it is not in the checkpoint, or not all of it.
@@ -251,7 +264,9 @@ class Checkpoint:
         if name not in self.weights or name not in self.index:
             raise CheckpointError(f"{self.path}: no weight {name!r}")
         weight, size = self.weights[name], self.index[name][0].tensor_size
-        result = torch.empty(weight.shape)
+        if size == 1:  # padding is at the end of the first dimension
+            return self.part(name, state, 0, 1)[: weight.shape[0]].to(dtype)
+        result = torch.empty(weight.shape, dtype=dtype)
         for rank in sorted({entry.tensor_rank for entry in self.index[name]}):
             part = self.part(name, state, rank, size)
             for piece in pieces(weight, rank, size):

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from llmscale.checkpoint.format import FORMAT, WEIGHT, Entry
 from llmscale.checkpoint.save import step_name, write_records
-from llmscale.checkpoint.tensor_file import Header, write
+from llmscale.checkpoint.tensor_file import Header, Reader, write
 from llmscale.config import yaml_text
 from llmscale.config.schema import Model
 from llmscale.convert.to_hf import SHARD_BYTES, TOKENIZER_FILES
@@ -69,14 +68,14 @@ class Source:
             found = f"holds {pickles[0]}, a pickle, which can run any code" if pickles else "holds no .safetensors file"
             raise ConversionError(f"{folder}: {found}; save the model with save_pretrained(safe_serialization=True)")
         self._folder = folder
-        self._opened: dict[str, Any] = {}
+        self._opened: dict[str, Reader] = {}
         self._file_of: dict[str, str] = {}
         for name in names:
             try:
-                self._opened[name] = safe_open(folder / name, framework="pt").__enter__()
-            except (OSError, SafetensorError) as error:
+                self._opened[name] = Reader(folder / name)
+            except (OSError, ValueError) as error:
                 raise ConversionError(f"{folder / name}: cannot be read ({error}); download it again") from None
-            self._file_of |= dict.fromkeys(self._opened[name].keys(), name)
+            self._file_of |= dict.fromkeys(self._opened[name].names, name)
 
     @property
     def names(self) -> set[str]:
@@ -85,20 +84,19 @@ class Source:
 
     def about(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(type, shape) of a tensor. Raises ConversionError for a type that no weight has."""
-        part = self._opened[self._file_of[name]].get_slice(name)
-        if (kind := part.get_dtype()) not in _TYPES:
+        kind, shape = self._opened[self._file_of[name]].about(name)
+        if kind not in _TYPES:
             raise ConversionError(
                 f"{self._folder}: {name} is of type {kind}: a quantised model; supported is {', '.join(_TYPES)}"
             )
-        return _TYPES[kind], tuple(part.get_shape())
+        return _TYPES[kind], shape
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor."""
         try:
-            tensor: torch.Tensor = self._opened[self._file_of[name]].get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            return self._opened[self._file_of[name]].read(name)
+        except (OSError, ValueError) as error:
             raise ConversionError(f"{self._folder / self._file_of[name]}: {name} cannot be read ({error})") from None
-        return tensor
 
 
 def from_hf(
@@ -231,9 +229,11 @@ def _write(
         nonlocal done
         for pair, names in part:
             whole = to_ours([source.read(name) for name in names], pair.rule, model)
-            local = whole.new_empty(local_shape(pair.weight, 1))
-            copy_part(local, whole, pair.weight, 0, 1)
-            yield local.reshape(-1)
+            if (shape := local_shape(pair.weight, 1)) != tuple(whole.shape):
+                local = whole.new_empty(shape)
+                copy_part(local, whole, pair.weight, 0, 1)
+                whole = local
+            yield whole.reshape(-1)
             done += pair.weight.numel
             report(done, total)
 
