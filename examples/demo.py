@@ -100,9 +100,8 @@ def main() -> None:
     print(f"  unigram model of the same text  {unigram:.3f}")
     for name in RUNS:
         print(f"  {name:30s}  {last_validation(OUTPUT / name / 'metrics.jsonl'):.3f}")
-    print(
-        f"\nboth curves: {plot}\ncheckpoints: {OUTPUT}/*/checkpoints\nfor transformers: {export}\ndone in {time.monotonic() - begin:.0f} s"
-    )
+    print(f"\nboth curves: {plot}\ncheckpoints: {OUTPUT}/*/checkpoints\nfor transformers: {export}")
+    print(f"done in {time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":
