@@ -122,35 +122,106 @@ def test_a_run_of_another_model_is_refused_before_a_weight_is_touched(corpus: Pa
     assert "of another model" in outcome.output and "Traceback" not in outcome.output
 
 
-@pytest.mark.parametrize("precision", ["fp32"])
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        (Case(2, True, 1, 1, 1, zero=1), Case(1, False, 2, 1, 1, zero=2)),
-        (Case(1, False, 2, 2, 2, zero=3), Case(2, True, 2, 1, 1, zero=1)),
-        (Case(1, False, 1, 1, 2, zero=2, offload=True), Case(1, False, 4, 1, 1, zero=3)),
-        (Case(4, True, 1, 1, 1, zero=0), Case(1, zero=1)),
-    ],
-    ids=lambda value: str(value),
-)
+BEFORE = {
+    "tensor": Case(2, True, 1, 1, 1, zero=1),
+    "interleaved": Case(1, False, 2, 2, 2, zero=3),
+    "offload": Case(1, False, 1, 1, 2, zero=2, offload=True),
+    "wide": Case(4, True, 1, 1, 1, zero=0),
+}
+# 5 layers: stages of 4 chunks are uneven. Each of tensor, sequence, pipeline, virtual pipeline, data parallelism, ZeRO
+# stage and offload comes, goes and changes.
+PAIRS = [
+    ("tensor", Case(1, False, 2, 1, 1, zero=2)),
+    ("tensor", Case(1, False, 1, 1, 2, zero=3)),
+    ("tensor", Case(2, False, 1, 1, 2, zero=0)),
+    ("tensor", Case(1, False, 2, 2, 1, zero=1)),
+    ("interleaved", Case(2, True, 2, 1, 1, zero=1)),
+    ("interleaved", Case(1, False, 4, 1, 1, zero=2)),
+    ("interleaved", Case(4, True, 1, 1, 1, zero=2)),
+    ("interleaved", Case(1, False, 1, 1, 1, zero=1, offload=True)),
+    ("offload", Case(1, False, 4, 1, 1, zero=3)),
+    ("offload", Case(2, False, 2, 2, 1, zero=0)),
+    ("offload", Case(1, False, 1, 1, 4, zero=1)),
+    ("offload", Case(1, False, 2, 1, 2, zero=3, offload=True)),
+    ("wide", Case(1, zero=1)),
+]
+
+
+def movable(case: Case, corpus: Path, output: Path, precision: str = "fp32") -> dict[str, Any]:
+    """A config whose model does not depend on the layout."""
+    config = config_of(case, corpus, output, precision)
+    config["model"] |= {"dropout": 0.0, "tie_embeddings": True, "num_query_groups": 4}
+    config["checkpoint"] = {"interval": 3}
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that never changed, each with a checkpoint in the middle."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, case in BEFORE.items():
+        train(movable(case, corpus, folder / name), case.world_size, folder)
+    return {name: folder / name for name in BEFORE}
+
+
+def moved(before: Path, output: Path) -> None:
+    """A copy of a run as it was after half of its steps."""
+    shutil.copytree(before, output)
+    shutil.rmtree(output / "checkpoints" / f"step_{STEPS:08d}")
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
 def test_a_run_resumes_on_another_layout(
-    before: Case, after: Case, precision: str, corpus: Path, tmp_path: Path
+    before: str, after: Case, whole_runs: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    whole = config_of(before, corpus, tmp_path / "whole", precision)
-    moved = config_of(after, corpus, tmp_path / "moved", precision)
-    for config in (whole, moved):
-        config["model"]["dropout"] = 0.0
-        config["model"]["tie_embeddings"] = True
-        config["model"]["num_query_groups"] = 4
-    train(whole, before.world_size, tmp_path)
-    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / "moved" / "checkpoints" / f"step_{step:08d}")
-    train(moved, after.world_size, tmp_path)
-    for one, two in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "moved"), strict=True):
+    moved(whole_runs[before], tmp_path / "moved")
+    train(movable(after, corpus, tmp_path / "moved"), after.world_size, tmp_path)
+    rows = rows_of(tmp_path / "moved")
+    assert len(rows) == STEPS
+    for one, two in zip(rows_of(whole_runs[before]), rows, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
         assert two["learning_rate"] == one["learning_rate"]
+
+
+def test_a_run_resumes_in_another_precision(whole_runs: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """The master weights are fp32 in both: what is restored is the same to the last bit."""
+    moved(whole_runs["tensor"], tmp_path / "moved")
+    case = Case(1, False, 2, 1, 1, zero=1)
+    _, saved = train(movable(case, corpus, tmp_path / "moved", "bf16"), case.world_size, tmp_path)
+    assert saved.precision == "bf16"
+    for one, two in zip(rows_of(whole_runs["tensor"])[3:], rows_of(tmp_path / "moved")[3:], strict=True):
+        assert two["loss"] != one["loss"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=5e-3)
+
+
+def test_damage_that_shows_in_reading_gives_way_to_the_checkpoint_before(
+    whole_runs: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """One rank meets the flipped bit; both go back to the older one, and the run is the one that was not damaged."""
+    case = BEFORE["tensor"]
+    shutil.copytree(whole_runs["tensor"], tmp_path / "moved")
+    broken = tmp_path / "moved" / "checkpoints" / f"step_{STEPS:08d}" / "rank_00001.safetensors"
+    data = bytearray(broken.read_bytes())
+    data[len(data) // 2] ^= 16
+    broken.write_bytes(data)
+    config = movable(case, corpus, tmp_path / "moved")
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(config))
+    outcomes = in_processes(2, command, "pretrain", str(tmp_path / "moved.yaml"))
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    output = " ".join(outcomes[0].output.split())
+    assert "passing over a broken checkpoint" in output and "rank_00001.safetensors" in output
+    assert "step_00000003 at step 3" in output
+    assert rows_of(tmp_path / "moved") == rows_of(whole_runs["tensor"])
+    # Named by its path it is not passed over.
+    config["checkpoint"]["resume"] = str(broken.parent)
+    broken.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    records = whole_runs["tensor"] / "checkpoints" / broken.parent.name
+    shutil.copyfile(records / "manifest.json", broken.parent / "manifest.json")
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(config))
+    outcomes = in_processes(2, command, "pretrain", str(tmp_path / "moved.yaml"))
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    assert "was altered (its checksum differs)" in " ".join(outcomes[0].output.split())
 
 
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_path: Path) -> None:
