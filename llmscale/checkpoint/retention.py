@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
-from llmscale.checkpoint.save import remove
+from llmscale.checkpoint.place import filesystem, is_remote, place_of, remove
 from llmscale.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under a folder, oldest first, whole or not; nothing that is still being written."""
+    if is_remote(folder):
+        filesystem(folder)
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name)]
@@ -53,7 +55,7 @@ def candidates(resume: str, folder: Path) -> Iterator[Checkpoint]:
                 f"{folder}: none of its checkpoints is whole; copy one there, or set checkpoint.resume to never"
             )
         return
-    named = _at(Path(resume))
+    named = _at(place_of(resume))
     if named is None:
         raise CheckpointError(
             f"checkpoint.resume: {resume} holds no whole checkpoint; name a step_* folder or a run directory"
@@ -61,12 +63,13 @@ def candidates(resume: str, folder: Path) -> Iterator[Checkpoint]:
     yield named
 
 
-def open_checkpoint(place: Path) -> Checkpoint:
-    """A step's folder, or the newest whole checkpoint of a run directory.
+def open_checkpoint(named: str | Path) -> Checkpoint:
+    """A step's folder, or the newest whole checkpoint of a run directory, here or in a store.
 
     Raises:
         UsageError: there is none. CheckpointError: the step that was named is broken.
     """
+    place = place_of(named)
     found = _at(place)
     if found is None:
         raise UsageError(f"{place}: no whole checkpoint there; name a step_* folder or a run directory")

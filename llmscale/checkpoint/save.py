@@ -1,4 +1,4 @@
-"""Saving: every rank writes what it owns, rank 0 commits with one rename.
+"""Saving: every rank writes what it owns, rank 0 commits with one rename, or in a store with the manifest.
 
 Asynchronously, a rank copies its state into buffers of its own, which is all that training waits for, and a thread
 writes them and commits, with collectives of its own process group. One save at a time: the next waits for the one
@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from llmscale.checkpoint.format import FORMAT, Entry, Fragment, seal
+from llmscale.checkpoint.place import is_remote, remove
 from llmscale.checkpoint.tensor_file import Header, write
 from llmscale.errors import CheckpointError
 
@@ -132,7 +134,8 @@ class Saver:
         self._ended = Saved(step, path, time.monotonic() - began, error)
 
     def _write(self, step: int, part: _Part, facts: Mapping[str, Any], final: Path) -> None:
-        rank, work = dist.get_rank(), final.with_name(f".{final.name}.tmp")
+        rank = dist.get_rank()
+        work = final if is_remote(final) else final.with_name(f".{final.name}.tmp")
         try:
             self._together(lambda: _fresh(work) if rank == 0 else None, f"{work}: cannot be made")
             written = self._together(
@@ -144,7 +147,8 @@ class Saver:
             )
         except CheckpointError:
             if rank == 0:
-                shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):
+                    _clear(work)
             raise
         if rank == 0:
             self._committed()
@@ -153,8 +157,9 @@ class Saver:
         """Run `action` on every rank and give every rank all results; if one fails, all raise the same error."""
         try:
             outcome: tuple[Any, str | None] = (action(), None)
-        except OSError as error:
-            outcome = (None, f"{error.strerror or error} on rank {dist.get_rank()}")
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            outcome = (None, f"{reason} on rank {dist.get_rank()}")
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self._group)
         if errors := [error for _, error in outcomes if error]:
@@ -203,9 +208,16 @@ def _write_part(path: Path, part: _Part) -> tuple[str, dict[str, Any], list[tupl
 
 
 def _fresh(work: Path) -> None:
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    _clear(work)
+    if not is_remote(work):
+        work.mkdir(parents=True)
+
+
+def _clear(work: Path) -> None:
+    if is_remote(work):
+        remove(work)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _commit(work: Path, final: Path, step: int, facts: Mapping[str, Any], written: Sequence[Any]) -> None:
@@ -216,6 +228,8 @@ def _commit(work: Path, final: Path, step: int, facts: Mapping[str, Any], writte
     states: Sequence[str] = next((found for *_, found in written if found), [])
     files = {name: about for name, about, *_ in written}
     write_records(work, {"format": FORMAT, "step": step, **facts, "states": states}, index, files)
+    if is_remote(final):
+        return
     if final.exists():
         # The same step again, after a resume from an earlier one.
         remove(final)
@@ -238,13 +252,6 @@ def write_records(
     for name, content in (("index.json", text), ("manifest.json", json.dumps(seal(whole), indent=1).encode())):
         with (folder / name).open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that no reader ever sees half of it: it is renamed first."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+            if not is_remote(folder):
+                file.flush()
+                os.fsync(file.fileno())

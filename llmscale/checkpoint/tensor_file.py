@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from llmscale.checkpoint.place import is_remote, read_range
+
 TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64",
 }  # fmt: skip
@@ -26,6 +28,8 @@ TYPES = {
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 _BLOCK = 1 << 20
 """Bytes of one write. Of a whole tensor at once the kernel took between as long and five times as long."""
+_RANGE = 8 << 20
+"""Bytes of one request to a store."""
 _MOST_HEADER_BYTES = 100 << 20
 """The library's own limit."""
 
@@ -84,8 +88,9 @@ def write(
                 crc32[header.name] = zlib.crc32(raw)
             for start in range(0, len(raw), _BLOCK):
                 file.write(raw[start : start + _BLOCK])
-        file.flush()
-        os.fsync(file.fileno())
+        if not is_remote(path):
+            file.flush()
+            os.fsync(file.fileno())
     return Written(len(head) + end, zlib.crc32(head), crc32)
 
 
@@ -108,12 +113,14 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError where it cannot be read, and ValueError where it is no such file, or not all of it."""
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self._file).st_size
-        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        self._path, self._file = path, -1
+        if not is_remote(path):
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        size = path.stat().st_size if self._file < 0 else os.fstat(self._file).st_size
+        length = int.from_bytes(self._range(0, min(8, size)), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        self.head = os.pread(self._file, 8 + length, 0)
+        self.head = self._range(0, 8 + length)
         """All before the tensors."""
         try:
             found = json.loads(self.head[8:])
@@ -127,8 +134,11 @@ class Reader:
                 raise ValueError(f"{name}: {kind} {list(shape)} does not stand at {begin} to {end}")
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
+
+    def _range(self, start: int, end: int) -> bytes:
+        return os.pread(self._file, end - start, start) if self._file >= 0 else read_range(self._path, start, end)
 
     @property
     def names(self) -> list[str]:
@@ -150,7 +160,12 @@ class Reader:
         tensor = torch.empty(shape, dtype=DTYPES[kind])
         raw, place, done = raw_bytes(tensor), len(self.head) + begin, 0
         while done < end - begin:
-            count = os.preadv(self._file, [raw[done:]], place + done)
+            if self._file >= 0:
+                count = os.preadv(self._file, [raw[done:]], place + done)
+            else:
+                data = read_range(self._path, place + done, place + min(done + _RANGE, end - begin))
+                raw[done : done + len(data)] = data
+                count = len(data)
             if count == 0:
                 raise ValueError("is cut short")
             done += count

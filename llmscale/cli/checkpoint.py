@@ -16,20 +16,26 @@ def command() -> None:
     """List, inspect and verify checkpoints."""
 
 
-def _folder(path: Path) -> Path:
+def _folder(run: str) -> Path:
+    from llmscale.checkpoint.place import place_of
+
+    path = place_of(run)
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 @command.command("list", epilog="Example: llmscale checkpoint list runs/demo --json")
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def list_command(run: Path, as_json: bool) -> None:
+def list_command(run: str, as_json: bool) -> None:
     """List the checkpoints of RUN, a run directory, oldest first."""
     from llmscale.checkpoint.format import Checkpoint
     from llmscale.checkpoint.retention import checkpoints
 
+    folder = _folder(run)
+    if not folder.is_dir():
+        raise UsageError(f"{run}: no such folder; name a run directory, or where its checkpoints lie")
     rows: list[dict[str, Any]] = []
-    for path in checkpoints(_folder(run)):
+    for path in checkpoints(folder):
         try:
             found = Checkpoint(path)
             size = sum(about["bytes"] for about in found.manifest["files"].values())
@@ -47,13 +53,13 @@ def list_command(run: Path, as_json: bool) -> None:
         )
         click.echo(f"{row['path']}  {whole or 'BROKEN: ' + row['broken']}")
     if not rows:
-        click.echo(f"no checkpoints in {_folder(run)}", err=True)
+        click.echo(f"no checkpoints in {folder}", err=True)
 
 
 @command.command(epilog="Example: llmscale checkpoint inspect runs/demo/checkpoints/step_00000100")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(checkpoint: Path, as_json: bool) -> None:
+def inspect(checkpoint: str, as_json: bool) -> None:
     """Show what CHECKPOINT is: step, tokens, layout, versions, and its weights by global name."""
     from llmscale.checkpoint.retention import open_checkpoint
 
@@ -73,15 +79,17 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
 
 
 @command.command(epilog="Example: llmscale checkpoint verify runs/demo/checkpoints/step_00000100")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def verify(context: click.Context, checkpoint: Path, as_json: bool) -> None:
+def verify(context: click.Context, checkpoint: str, as_json: bool) -> None:
     """Compare every byte of CHECKPOINT with its checksums; its numbers must be finite. Exit code 1 if it is broken."""
     from llmscale.checkpoint.format import Checkpoint, Damaged
+    from llmscale.checkpoint.place import place_of
     from llmscale.checkpoint.retention import checkpoints
 
-    path = checkpoint if (checkpoint / "manifest.json").exists() else None
+    named = place_of(checkpoint)
+    path = named if (named / "manifest.json").exists() else None
     if path is None:
         found = checkpoints(_folder(checkpoint))
         if not found:

@@ -31,7 +31,7 @@ class _Size(click.ParamType[int]):
 
 
 @command.command("to-hf", epilog="Example: llmscale convert to-hf runs/demo exported --dtype bf16")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--dtype",
@@ -48,7 +48,7 @@ class _Size(click.ParamType[int]):
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUTPUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def to_hf(
-    checkpoint: Path,
+    checkpoint: str,
     output: Path,
     dtype: str | None,
     max_shard_size: int,

@@ -29,7 +29,7 @@ def _show(report: Callable[[Progress], None], done: int, total: int) -> None:
 
 
 @command.command(epilog="Example: llmscale evaluate perplexity runs/demo --data data/validation --stride 512")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--data", "places", multiple=True, required=True, metavar="FOLDER|URL", help="A split; repeatable.")
 @click.option(
     "--context", type=click.IntRange(1), help="Tokens of a window; the model's longest sequence if not given."
@@ -40,7 +40,7 @@ def _show(report: Callable[[Progress], None], done: int, total: int) -> None:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the model's own when not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def perplexity(
-    model: Path,
+    model: str,
     places: tuple[str, ...],
     context: int | None,
     stride: int | None,

@@ -11,7 +11,7 @@ from llmscale.errors import UsageError
 
 
 @click.command(epilog="Example: llmscale generate runs/demo --prompt 'def main(' --max-tokens 200")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--prompt", default="", help="Text to go on from; empty begins a new document.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="A prompt a line, generated as one batch."
@@ -25,7 +25,7 @@ from llmscale.errors import UsageError
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the model's own when not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a prompt, one a line.")
 def command(
-    model: Path,
+    model: str,
     prompt: str,
     prompts: Path | None,
     max_tokens: int,

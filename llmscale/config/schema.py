@@ -267,6 +267,12 @@ class Checkpoint(Section):
         description="auto: from the newest whole checkpoint of the run directory, if there is one; never; "
         "or the path of a checkpoint.",
     )
+    folder: str | None = Field(
+        None,
+        min_length=1,
+        description="Where checkpoints are written: a folder, or any fsspec URL; OUTPUT_DIR/checkpoints when null.",
+        examples=["s3://bucket/runs/mine"],
+    )
     asynchronous: Bool = Field(
         True,
         description="Go on with training while a checkpoint is written; takes as much of the node's memory as the "

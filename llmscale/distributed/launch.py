@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmscale.errors import UsageError
 
@@ -149,10 +149,14 @@ def start(launch: Launch, device: torch.device) -> None:
     import torch.distributed as dist
 
     launch.export()
+    # Alone there is nobody to meet: a free port that was found a moment ago may be another's by now.
+    alone: dict[str, Any] = {}
+    if launch.launcher == "single":
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device, **alone)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **alone)
 
 
 def stop() -> None:

@@ -147,16 +147,17 @@ class _Pieces(BaseStreamer):
 
 
 @contextmanager
-def open_text_model(place: Path, tokenizer: Path | None) -> Iterator[tuple[Path, TextModel]]:
+def open_text_model(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, TextModel]]:
     """(what it is, the model) of a step's folder, a run directory for its newest, or a folder in Hugging Face's format.
 
     Raises:
         UsageError: there is none of these, or no tokenizer.
     """
+    place = Path(named)
     if (place / "config.json").is_file():
         yield place, TextModel(place, _tokenizer(tokenizer or place / "tokenizer.json"))
         return
-    checkpoint = open_checkpoint(place)
+    checkpoint = open_checkpoint(named)
     words = _tokenizer(tokenizer or checkpoint.path.parent.parent / "tokenizer.json")
     with tempfile.TemporaryDirectory(prefix="llmscale-") as folder:
         to_hf(checkpoint, Path(folder, "export"), tokenizer=words, verify=False)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
+from llmscale.checkpoint.place import place_of
 from llmscale.checkpoint.retention import candidates, open_checkpoint, prune
 from llmscale.checkpoint.save import Saved, Saver
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
@@ -152,11 +153,11 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         config.training.gradient_clipping,
     )
     stack.callback(engine.close)
-    folder = output / "checkpoints"
+    folder = place_of(config.checkpoint.folder or output / "checkpoints")
     checkpoint, seen = _resume_newest(engine, run, folder, launch.rank)
     beginning = None
     if checkpoint is None and config.checkpoint.start_from:
-        beginning = open_checkpoint(Path(config.checkpoint.start_from))
+        beginning = open_checkpoint(config.checkpoint.start_from)
         state.start_from(engine, beginning, config.model)
     described = {**asdict(run.layout), "data": run.layout.data}
     lines = report.start_report(

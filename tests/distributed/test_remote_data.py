@@ -33,7 +33,8 @@ def store() -> Iterator[dict[str, str]]:
     patch = pytest.MonkeyPatch()
     for name, value in environment.items():
         patch.setenv(name, value)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("data")
+    # Servers of one process share what they hold.
+    fsspec.filesystem("s3", skip_instance_cache=True).makedirs("data", exist_ok=True)
     yield environment
     patch.undo()
     server.stop()
@@ -64,6 +65,28 @@ def test_a_run_reads_from_a_store_what_it_reads_from_a_folder(
     (outcome,) = in_processes(1, command, "pretrain", str(tmp_path / "there.yaml"), environment=lambda rank: store)
     assert outcome.exit_code == 2
     assert "s3://data/gone" in outcome.output and "Traceback" not in outcome.output
+
+
+def test_checkpoints_in_a_store_are_written_and_resumed_on_another_layout(
+    store: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    one, two = Case(1, False, 1, 1, 2, zero=2, tied=True), Case(2, True, 1, 1, 1, zero=1, tied=True)
+    here = run_config(one, corpus, tmp_path / "here", "fp32")
+    here["model"]["num_query_groups"] = 4
+    here["schedule"] = {"name": "constant"}
+    train(here, 2, tmp_path)
+    for steps, case in ((2, one), (5, two)):
+        there = run_config(case, corpus, tmp_path / "there", "fp32")
+        there["model"]["num_query_groups"] = 4
+        there["training"]["steps"] = steps
+        there["schedule"] = {"name": "constant"}
+        there["checkpoint"] = {"interval": 2, "folder": "s3://data/saved"}
+        (tmp_path / "there.yaml").write_text(yaml.safe_dump(there))
+        outcomes = in_processes(2, command, "pretrain", str(tmp_path / "there.yaml"), environment=lambda rank: store)
+        assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes[0].output[-3000:]
+    assert "resumed from s3://data/saved/step_00000002 at step 2" in " ".join(outcomes[0].output.split())
+    assert not (tmp_path / "there" / "checkpoints").exists()
+    assert losses(there) == pytest.approx(losses(here), rel=1e-5)
 
 
 def test_a_broken_sample_stops_the_run_or_is_left_out_on_every_layout_alike(corpus: Path, tmp_path: Path) -> None:

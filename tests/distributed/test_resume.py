@@ -237,13 +237,14 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_p
     train(configs[0], 1, tmp_path)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for rows in (5, 20):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmscale", "pretrain", str(tmp_path / "killed.yaml")], stderr=subprocess.DEVNULL
-        )
+        with (tmp_path / "stderr").open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "llmscale", "pretrain", str(tmp_path / "killed.yaml")], stderr=errors
+            )
         while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
             time.sleep(0.005)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-3000:]
     train(configs[1], 1, tmp_path)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{steps:08d}") for name in ("killed", "whole")]

@@ -117,17 +117,25 @@ def s3() -> Iterator[Any]:
     server.stop()
 
 
-@pytest.fixture
-def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Between fsspec and the server."""
+@contextmanager
+def endpoint(url: str) -> Iterator[None]:
+    """Have fsspec go to a server. It keeps its instances, and they know the endpoint of their time."""
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()  # they know the endpoint of their time
-    with proxy_of(s3[0]) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def proxy(s3: Any) -> Iterator[Proxy]:
+    """Between fsspec and the server."""
+    with proxy_of(s3[0]) as server, endpoint(server.url):
         yield server
 
 

@@ -72,6 +72,7 @@ def bucket() -> Iterator[str]:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):  # fmt: skip
         patch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     system = fsspec.filesystem("s3", skip_instance_cache=True)
     system.mkdir("texts")
     for name, data in (
