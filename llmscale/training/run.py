@@ -229,7 +229,11 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     events = Events(step=step, validation=recorder.validation, save=write, always=lambda: ended(saver.poll()))
     validate = partial(validation, run.validation) if run.validation else None
-    train(engine, ahead, validate, rate, config, seen.steps, events)
+    try:
+        train(engine, ahead, validate, rate, config, seen.steps, events)
+    except TrainingError:  # on all ranks alike: what is being saved is worth its time
+        saver.wait()
+        raise
     ended(saver.wait())
 
 

@@ -224,6 +224,21 @@ def test_damage_that_shows_in_reading_gives_way_to_the_checkpoint_before(
     assert "was altered (its checksum differs)" in " ".join(outcomes[0].output.split())
 
 
+def test_a_run_that_blows_up_ends_in_one_line_and_keeps_what_was_being_saved(corpus: Path, tmp_path: Path) -> None:
+    config = config_of(Case(1, False, 1, 1, 2, zero=1), corpus, tmp_path / "run", "fp32")
+    config["training"] |= {"steps": 40, "gradient_clipping": 0.0}
+    config["optimizer"] = {"name": "sgd", "lr": 1e30}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    outcomes = in_processes(2, command, "pretrain", str(tmp_path / "run.yaml"))
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    assert "error: the " in outcomes[0].output and "lower optimizer.lr" in " ".join(outcomes[0].output.split())
+    assert "Traceback" not in outcomes[0].output + outcomes[1].output
+    steps = len(rows_of(tmp_path / "run"))
+    assert 0 < steps < 40
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == [f"step_{step:08d}" for step in range(1, steps + 1)]
+
+
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of steps and saves, to a real process."""
     steps = 40
