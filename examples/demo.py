@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmscale.data.shards import Split
+from llmscale.data.split import Split
 from llmscale.training.plot import plot_loss
 
 OUTPUT = Path("demo-run")

@@ -228,11 +228,21 @@ class Checkpoint:
         saved_size = self.index[name][0].tensor_size
         if saved_size == tensor_size:
             return self.run(name, state, tensor_rank, 0, math.prod(shape)).view(shape)
-        whole, local = self.whole(name, state), torch.zeros(shape)
-        for piece in pieces(weight, tensor_rank, tensor_size):
-            local.narrow(piece.dim, piece.local_start, piece.length).copy_(
-                whole.narrow(piece.dim, piece.whole_start, piece.length)
-            )
+        local = torch.zeros(shape)
+        wanted = pieces(weight, tensor_rank, tensor_size)
+        for rank in sorted({entry.tensor_rank for entry in self.index[name]}):
+            if shared := [
+                (mine, theirs, low, high)
+                for theirs in pieces(weight, rank, saved_size)
+                for mine in wanted
+                if (low := max(mine.whole_start, theirs.whole_start))
+                < (high := min(mine.whole_start + mine.length, theirs.whole_start + theirs.length))
+            ]:
+                saved = self.part(name, state, rank, saved_size)
+                for mine, theirs, low, high in shared:
+                    local.narrow(mine.dim, mine.local_start + low - mine.whole_start, high - low).copy_(
+                        saved.narrow(theirs.dim, theirs.local_start + low - theirs.whole_start, high - low)
+                    )
         return local
 
     def run(self, name: str, state: str, tensor_rank: int, start: int, numel: int) -> torch.Tensor:

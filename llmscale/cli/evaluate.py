@@ -90,3 +90,70 @@ def perplexity(
     click.echo(f"{place}, windows of {window} tokens, a stride of {step}")
     for row in rows:
         click.echo(f"  {row.source}: perplexity {row.perplexity:,.3f}, loss {row.loss:.5f} over {row.tokens:,} tokens")
+
+
+@command.command(
+    epilog="Example: llmscale evaluate harness runs/demo --tasks my_task --include tasks --num-fewshot 0",
+)
+@click.argument("model")
+@click.option("--tasks", required=True, metavar="NAME[,NAME]", help="Tasks, groups or tags of lm-eval or of --include.")
+@click.option(
+    "--include",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of task files of your own; they win over lm-eval's.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question; the task's own by default.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Take so many documents of each task; all if not given.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json of a checkpoint; the run's own if not given."
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write all of lm-eval's results here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def harness(
+    model: str,
+    tasks: str,
+    include: Path | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    limit: int | None,
+    tokenizer: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Tasks of lm-evaluation-harness on MODEL (a step's folder, a run directory, or a folder in Hugging Face's format).
+
+    Needs the extra: pip install 'llmscale[harness]'. A task's documents may be files of your own: in its file say
+    `dataset_path: json` and name them in `dataset_kwargs`.
+    """
+    from llmscale.distributed.launch import quiet_imports
+    from llmscale.evaluation import harness as evaluation
+
+    evaluation.require()
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--tasks: names no task")
+    quiet_imports()
+    from llmscale.inference.generate import in_hugging_face_format
+
+    with in_hugging_face_format(model, tokenizer) as (place, folder, _):
+        if tokenizer and folder == place:
+            raise UsageError(f"--tokenizer: {place} is in Hugging Face's format, and the harness takes its own")
+        found = evaluation.harness(
+            folder, names, include=include, num_fewshot=num_fewshot, batch_size=batch_size, limit=limit
+        )
+    about = {"model": str(place), "results": found["results"], "n-shot": found["n-shot"], "versions": found["versions"]}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**found, "model": str(place)}, indent=2, default=str) + "\n")
+    if as_json:
+        click.echo(json.dumps(about, default=str))
+        return
+    click.echo(f"{place}")
+    for task, values in found["results"].items():
+        for metric, value in values.items():
+            name = metric.removesuffix(",none")
+            if isinstance(value, int | float) and "_stderr" not in metric and name not in ("alias", "sample_len"):
+                error = values.get(metric.replace(",", "_stderr,"))
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                click.echo(f"  {task}: {name} {value:.4f}{spread} ({found['n-shot'].get(task, 0)}-shot)")

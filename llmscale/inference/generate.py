@@ -147,21 +147,29 @@ class _Pieces(BaseStreamer):
 
 
 @contextmanager
-def open_text_model(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, TextModel]]:
-    """(what it is, the model) of a step's folder, a run directory for its newest, or a folder in Hugging Face's format.
+def in_hugging_face_format(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, Path, Path]]:
+    """(what it is, its folder in Hugging Face's format, its tokenizer) of a step's folder, a run directory for its
+    newest, or a folder that is in that format. A checkpoint is exported for as long as the context lasts.
 
     Raises:
         UsageError: there is none of these, or no tokenizer.
     """
     place = Path(named)
     if (place / "config.json").is_file():
-        yield place, TextModel(place, _tokenizer(tokenizer or place / "tokenizer.json"))
+        yield place, place, _tokenizer(tokenizer or place / "tokenizer.json")
         return
     checkpoint = open_checkpoint(named)
     words = _tokenizer(tokenizer or checkpoint.path.parent.parent / "tokenizer.json")
     with tempfile.TemporaryDirectory(prefix="llmscale-") as folder:
         to_hf(checkpoint, Path(folder, "export"), tokenizer=words, verify=False)
-        yield checkpoint.path, TextModel(Path(folder, "export"), words)
+        yield checkpoint.path, Path(folder, "export"), words
+
+
+@contextmanager
+def open_text_model(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, TextModel]]:
+    """(what it is, the model) of whatever `in_hugging_face_format` takes, with its errors."""
+    with in_hugging_face_format(named, tokenizer) as (place, folder, words):
+        yield place, TextModel(folder, words)
 
 
 def _tokenizer(path: Path) -> Path:

@@ -35,9 +35,9 @@ def local_shape(weight: Weight, size: int) -> tuple[int, ...]:
 
 def pieces(weight: Weight, rank: int, size: int) -> tuple[Piece, ...]:
     """The parts of the whole that tensor-parallel rank `rank` of `size` holds; what no piece covers is padding."""
-    if weight.cut == "replicated" or (size == 1 and weight.cut != "vocab"):
-        return (Piece(0, 0, 0, weight.shape[0]),)
     dim = 1 if weight.cut == "columns" else 0
+    if weight.cut == "replicated" or (size == 1 and weight.cut != "vocab"):
+        return (Piece(dim, 0, 0, weight.shape[dim]),)
     length = local_shape(weight, size)[dim]
     if weight.cut == "gated_rows":
         half = length // 2

@@ -192,3 +192,11 @@ def test_files_are_of_readable_length_and_say_what_they_are_for(name: str) -> No
         return
     assert len(text.splitlines()) <= LONGEST_FILE
     assert ast.get_docstring(tree(name))
+
+
+def test_what_stands_beside_the_package_imports() -> None:
+    """Examples and benchmarks run in no other test: a name that moved must not break them unseen."""
+    names = ["examples.demo", *(f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py")))]
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
