@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.convert
 
-A Llama of random bf16 weights (by default 24 layers of Llama 7B's shape but for the width of 2,048, 1.5 G parameters)
-goes from-hf, and then to-hf without its proof, in turns with a copy of the model's files by 4 MiB; each has its own
-process, and ends with fsync; the order rotates, for a disk may be fast for a while. Memory is what the process holds
-at most beyond what it held before (anonymous pages). Prints medians as JSON, and writes them to
+A Llama of random bf16 weights (by default 24 layers of Llama 7B's shape but for the width of 2,048, 1.5 G parameters;
+--layers 32 --hidden-size 4096 is Llama 7B, for which the disk needs 41 GB) goes from-hf, and then to-hf without its
+proof, in turns with a copy of the model's files by 4 MiB; each has its own process, and ends with fsync; the order
+rotates, for a disk may be fast for a while. Memory is what the process holds at most beyond what it held before
+(anonymous pages). Prints medians as JSON, and writes them to
 benchmarks/results/convert-<date>.json.
 """
 
@@ -31,7 +32,7 @@ BLOCK = 4 << 20
 SHARD_BYTES = 10**9
 
 
-def write_model(folder: Path, layers: int) -> int:
+def write_model(folder: Path, layers: int, hidden_size: int) -> int:
     """A model in Hugging Face's format, tensor by tensor; gives its parameters."""
     import torch
 
@@ -41,8 +42,9 @@ def write_model(folder: Path, layers: int) -> int:
     from llmscale.models.family import families
 
     model = Model(
-        family="llama", num_layers=layers, hidden_size=2048, num_attention_heads=16, num_query_groups=16,
-        ffn_hidden_size=5504, vocab_size=32_000, max_position_embeddings=4096,
+        family="llama", num_layers=layers, hidden_size=hidden_size, num_attention_heads=hidden_size // 128,
+        num_query_groups=hidden_size // 128, ffn_hidden_size=hidden_size * 43 // 16,
+        vocab_size=32_000, max_position_embeddings=4096,
     )  # fmt: skip
     family = families()["llama"]
     table = list(pairs(family, model, 32_000))
@@ -119,6 +121,7 @@ def anonymous_mib() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -126,7 +129,7 @@ def main() -> None:
     figures: dict[str, list[dict[str, float]]] = {"copy": [], "from-hf": [], "to-hf": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parameters = write_model(folder / "model", options.layers)
+        parameters = write_model(folder / "model", options.layers, options.hidden_size)
         size = sum(path.stat().st_size for path in (folder / "model").iterdir()) / 2**20
         jobs = [("copy", copied, "model"), ("from-hf", imported, "model"), ("to-hf", exported, "imported")]
         imported(folder / "model", folder / "imported")
