@@ -22,6 +22,8 @@ class LlmscaleError(Exception):
     exit_code = 1
     everywhere = False
     """Whether all ranks of a run raise it together, so that one of them may speak for all."""
+    consequence = False
+    """Set where it follows from another rank's failure, and that one knows why."""
     quiet = False
     """Set where another rank says it."""
 

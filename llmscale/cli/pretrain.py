@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from llmscale.distributed import stop
 from llmscale.errors import LlmscaleError
+from llmscale.slurm.outcome import Outcome, tell
 
 
 @click.command(
@@ -14,25 +16,41 @@ from llmscale.errors import LlmscaleError
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def command(config: Path, overrides: tuple[str, ...]) -> None:
+def command(config: Path, overrides: tuple[str, ...]) -> int:
     """Pretrain the model that the YAML file CONFIG describes.
 
     KEY=VALUE overrides a key of the file. Started without a launcher it runs in one process; a run that was stopped
-    goes on from its newest whole checkpoint when it is started again.
+    goes on from its newest whole checkpoint when it is started again. SIGUSR1 or SIGTERM makes it save after the step
+    under way, and end with exit code 85.
     """
+    stop.listen()
     from llmscale.config.load import load
     from llmscale.distributed.launch import Launch, quiet_imports
     from llmscale.distributed.layout import problems
 
-    launch = Launch.from_environment()
+    try:
+        launch = Launch.from_environment()
+    except LlmscaleError as error:
+        tell(Outcome("failed", str(error), retry=False))
+        raise
     try:
         loaded = load(config, overrides, launch.world_size, problems)
         launch.export()
         quiet_imports()
         from llmscale.training.run import prepare, pretrain
 
-        pretrain(prepare(loaded, config, launch.world_size, launch.local_world_size), launch)
+        ended = pretrain(prepare(loaded, config, launch.world_size, launch.local_world_size), launch)
     except LlmscaleError as error:
+        if not error.consequence:
+            tell(Outcome("failed", str(error), retry=error.exit_code != 2))
         # Every rank finds the same: one of them says it.
         error.quiet = error.everywhere and launch.rank > 0
         raise
+    except Exception as error:
+        tell(Outcome("failed", f"{type(error).__name__}: {error}"))
+        raise
+    if ended.stopped:
+        tell(Outcome("stopped", stop.received() or "another rank was asked to stop", ended.step))
+        return stop.STOPPED
+    tell(Outcome("done", "", ended.step))
+    return 0

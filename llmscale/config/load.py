@@ -15,7 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmscale.config import deepspeed, messages, shipped, yaml_text
-from llmscale.config.schema import Data, Model, Parallel, RunConfig, Section, Training
+from llmscale.config.schema import Data, Model, Parallel, RunConfig, Training
+from llmscale.config.section import Section
+from llmscale.config.slurm import Slurm
 from llmscale.errors import ConfigError, Problem
 
 Check = Callable[[Model, Data, Parallel, Training, int, int | None], list[Problem]]
@@ -35,6 +37,7 @@ def load(
     raw = _read(path)
     problems = _apply(raw, overrides)
     missing_keys_are_known = _apply_preset(raw, path.parent, problems)
+    _apply_cluster(raw, path.parent, problems)
     values: dict[str, Any] = {}
     for name in raw:
         if name not in RunConfig.model_fields:
@@ -158,6 +161,45 @@ def _apply_preset(raw: dict[Any, Any], folder: Path, problems: list[Problem]) ->
     problems.append(Problem("model.preset", reason, fix))
     raw["model"] = {**model, "preset": None}
     return True
+
+
+def _apply_cluster(raw: dict[Any, Any], folder: Path, problems: list[Problem]) -> None:
+    """Put the keys of the cluster's file below those given."""
+    section = raw.get("slurm")
+    name = section.get("cluster") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(name, str):
+        return
+    file = next((place for place in (folder / name, Path(name)) if place.is_file()), None)
+    if file is None:
+        problems.append(Problem("slurm.cluster", f"there is no file {name}", "check the path"))
+        return
+    raw["slurm"] = {**_cluster_keys(file), **section}
+
+
+def _cluster_keys(path: Path) -> dict[Any, Any]:
+    """A cluster's file: keys of the section `slurm`, under that name or by themselves."""
+    found = _read(path)
+    inner = found.get("slurm")
+    return inner if isinstance(inner, dict) else found
+
+
+def load_slurm(path: Path, overrides: Sequence[str] = ()) -> Slurm:
+    """The settings of a cluster's file, or of the section `slurm` of a run's config, of which nothing else is read.
+
+    overrides: "slurm.nodes=2".
+
+    Raises:
+        ConfigError: with every problem of them.
+    """
+    raw: dict[Any, Any] = {"slurm": _cluster_keys(path)}
+    problems = _apply(raw, overrides)
+    _apply_cluster(raw, path.parent, problems)
+    values: dict[str, Any] = {}
+    _section("slurm", Slurm, raw, values, problems, set())
+    if problems:
+        raise ConfigError(str(path), problems)
+    found: Slurm = values["slurm"]
+    return found
 
 
 def _section(

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from llmscale.config.schema import RunConfig, Section
+from llmscale.config.schema import RunConfig
+from llmscale.config.section import Section
 from llmscale.errors import Problem
 
 SYNONYMS = {
@@ -61,6 +62,9 @@ def _problem(section: str, model: type[Section], detail: ErrorDetails) -> Proble
     if reason == "missing":
         or_preset = "preset" in model.model_fields and len(location) == 1
         return Problem(where, "is missing", _give(where, annotation, field, or_preset))
+    if reason == "slurm_value":
+        what, _, fix = str(context["reason"]).rpartition("; ")
+        return Problem(where, what, fix)
     if reason in ("too_short", "string_too_short"):
         return Problem(where, "is empty", _give(where, annotation, field))
     if reason == "too_long":

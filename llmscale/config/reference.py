@@ -14,7 +14,9 @@ from pydantic.fields import FieldInfo
 
 from llmscale.config import deepspeed_keys, messages, shipped
 from llmscale.config.load import preset, preset_names
-from llmscale.config.schema import LARGEST, DataSource, Model, RopeScaling, RunConfig, Section
+from llmscale.config.schema import DataSource, Model, RopeScaling, RunConfig
+from llmscale.config.section import LARGEST, Section
+from llmscale.config.slurm import Container
 
 INTRO = """\
 # Config reference
@@ -69,6 +71,8 @@ def markdown(parameters: Callable[[Model], int]) -> str:
                 parts += ["Each source of `data.train` and `data.validation`:", _section(DataSource)]
             elif name == "model":
                 parts += [f"`model.rope_scaling`: {RopeScaling.__doc__}", _section(RopeScaling)]
+            elif name == "slurm":
+                parts += [f"`slurm.container`: {Container.__doc__}", _section(Container)]
     parts += ["## Presets", _presets(parameters), _deepspeed()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -92,9 +96,17 @@ def _type(annotation: Any) -> str:
         words = ", ".join(f"`{choice}`" for choice in get_args(bare))
     elif get_origin(bare) is tuple:
         item = messages.bare_type(get_args(bare)[0])
-        words = "list of " + {int: "whole numbers", float: "numbers"}.get(item, "sources")
+        words = "list of " + {int: "whole numbers", float: "numbers", str: "texts"}.get(item, "sources")
+    elif get_origin(bare) is dict:
+        words = "texts by name"
     else:
-        words = {bool: "true or false", int: "whole number", float: "number", RopeScaling: "section"}.get(bare, "text")
+        words = {
+            bool: "true or false",
+            int: "whole number",
+            float: "number",
+            RopeScaling: "section",
+            Container: "section",
+        }.get(bare, "text")
     return words + (" or null" if NoneType in get_args(annotation) else "")
 
 

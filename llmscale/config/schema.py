@@ -7,31 +7,13 @@ values that follow from others in `derive.py`, DeepSpeed's file in `deepspeed.py
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
-LARGEST = 2**31 - 1
-"""No size, count or step is larger; what is, is a typing error."""
-
-
-def _number(value: Any) -> Any:
-    """YAML's true is Python's 1, and pydantic reads "5" as 5: both are more often mistakes than meant."""
-    if isinstance(value, bool | str):
-        raise PydanticCustomError("number_type", "a number is wanted")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_number), Field(le=LARGEST)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Bool = Annotated[bool, Strict()]
-
-
-class Section(BaseModel):
-    """A section of the config: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from llmscale.config.section import Bool, Float, Int, Section, number
+from llmscale.config.slurm import Slurm
 
 
 class Run(Section):
@@ -39,7 +21,7 @@ class Run(Section):
 
     name: str = Field("run", min_length=1, description="Name of the run, shown in logs and trackers.")
     output_dir: str = Field("runs/run", min_length=1, description="The run directory; made when it does not exist.")
-    seed: Annotated[int, BeforeValidator(_number)] = Field(
+    seed: Annotated[int, BeforeValidator(number)] = Field(
         1234, ge=0, lt=2**63, description="Seed of the initial weights, the data order and dropout."
     )
 
@@ -318,3 +300,4 @@ class RunConfig(Section):
     )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     logging: Logging = Field(default_factory=Logging)
+    slurm: Slurm = Field(default_factory=Slurm)

@@ -11,7 +11,7 @@ import torch
 from llmscale.config.schema import Data, DataSource, Model, RunConfig, Training
 from llmscale.distributed import cpu
 from llmscale.distributed.groups import form_groups
-from llmscale.distributed.launch import Launch, device_of, start, stop
+from llmscale.distributed.launch import Launch, device_of, leave, start
 from llmscale.distributed.layout import Layout
 from llmscale.models.family import families
 from llmscale.models.init import copy_part
@@ -40,4 +40,4 @@ def open_model(
                     copy_part(parameter, whole(weight.name), weight, 0, 1)
             yield stage.eval(), device
     finally:
-        stop()
+        leave()

@@ -159,7 +159,7 @@ def start(launch: Launch, device: torch.device) -> None:
         dist.init_process_group("gloo", timeout=TIMEOUT, **alone)
 
 
-def stop() -> None:
+def leave() -> None:
     """Leave the world's process group."""
     import torch.distributed as dist
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime import bf16_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from llmscale.distributed import stop
 from llmscale.distributed.groups import Groups, Mpu
 from llmscale.errors import TrainingError
 from llmscale.models.stage import Stage
@@ -81,6 +82,7 @@ class Engine:
         self.groups = groups
         self.clip = clip
         self._grad_norm = math.nan
+        self.stopping = False
         self._schedule = get_forward_backward_func()
         base = make_optimizer(parameter_groups(self.stages, groups, weight_decay))
         kinds = [group["kind"] for group in base.param_groups]
@@ -159,12 +161,18 @@ class Engine:
         return [report["loss"] for report in reports]
 
     def _mean_loss(self, losses: list[torch.Tensor]) -> float:
-        """The mean over micro-batches and data-parallel ranks; the last stages have it, every rank gets it."""
-        total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        """The mean over micro-batches and data-parallel ranks; the last stages have it, every rank gets it.
+
+        Whether a rank was asked to stop goes along: all ranks hear of it in the same step.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
         if losses:
-            total += torch.stack(losses).double().mean()
+            total[0] += torch.stack(losses).double().mean()
+        total[1] = stop.received() is not None
         dist.all_reduce(total, group=self.groups.world)
-        loss = float(total) / (self.groups.layout.tensor * self.groups.layout.data)
+        summed, asked = total.tolist()
+        self.stopping = asked > 0
+        loss = summed / (self.groups.layout.tensor * self.groups.layout.data)
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss}; {CALMER}")
         return loss

@@ -29,6 +29,10 @@ class Steps(Protocol):
     def set_learning_rate(self, rate: float) -> None: ...
     def train_step(self, batches: Any) -> StepResult: ...
     def evaluate(self, batches: Any) -> float: ...
+    @property
+    def stopping(self) -> bool:
+        """Whether any rank had been asked to stop when the last loss was known, the same on all of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,12 @@ def train(
     config: RunConfig,
     done: int,
     events: Events,
-) -> None:
-    """Run the steps after `done` up to training.steps. batches: one item a step, from step done + 1 on."""
+) -> int:
+    """Run the steps after `done` up to training.steps, or until a rank was asked to stop. Gives the last step done.
+
+    batches: one item a step, from step done + 1 on. A stop leaves a step behind it as whole as any other: logged,
+    validated where that was due, and saved unless checkpoint.interval is 0.
+    """
     training, steps = config.training, config.training.steps
     for step in range(done + 1, steps + 1):
         begin = time.perf_counter()
@@ -78,8 +86,11 @@ def train(
         if validation is not None and _due(step, training.validation_interval, steps):
             losses = [engine.evaluate(batch) for batch in validation()]
             events.validation(step, sum(losses) / len(losses))
-        if _due(step, config.checkpoint.interval, steps):
+        if _due(step, config.checkpoint.interval, steps) or (engine.stopping and config.checkpoint.interval):
             events.save(step)
+        if engine.stopping:
+            return step
+    return max(done, steps)
 
 
 def _due(step: int, interval: int, steps: int) -> bool:

@@ -24,9 +24,9 @@ from llmscale.config.load import dump
 from llmscale.config.schema import DataSource, RunConfig
 from llmscale.data.loader import Loader
 from llmscale.data.stream import Reading, Stream
-from llmscale.distributed import cpu
+from llmscale.distributed import cpu, stop
 from llmscale.distributed.groups import Groups, form_groups
-from llmscale.distributed.launch import Launch, device_of, start, stop
+from llmscale.distributed.launch import Launch, device_of, leave, start
 from llmscale.distributed.layout import Layout
 from llmscale.errors import CheckpointError, ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
@@ -113,7 +113,7 @@ def _open(config: RunConfig, key: Literal["train", "validation"], path: Path, re
     return stream
 
 
-def pretrain(run: Run, launch: Launch) -> None:
+def pretrain(run: Run, launch: Launch) -> Ended:
     """Run (or go on with) a pretraining run on this rank.
 
     Raises:
@@ -125,15 +125,17 @@ def pretrain(run: Run, launch: Launch) -> None:
         cpu.redirect()
         quiet_deepspeed()
         with form_groups(run.layout, run.config.run.seed) as groups, ExitStack() as stack:
-            _train(run, launch, device, groups, stack)
+            return _train(run, launch, device, groups, stack)
     except RuntimeError as error:
         if _peer_is_gone(error):
-            raise TrainingError(
+            lost = TrainingError(
                 "another rank ended while this one waited for it; the first message of that rank says why"
-            ) from None
+            )
+            lost.consequence = True
+            raise lost from None
         raise
     finally:
-        stop()
+        leave()
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:
@@ -141,7 +143,7 @@ def _peer_is_gone(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack: ExitStack) -> None:
+def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack: ExitStack) -> Ended:
     config, output = run.config, Path(run.config.run.output_dir)
     stages = build_stages(config.model, run.family, config.training, groups, config.run.seed)
     engine = Engine(
@@ -229,12 +231,35 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     events = Events(step=step, validation=recorder.validation, save=write, always=lambda: ended(saver.poll()))
     validate = partial(validation, run.validation) if run.validation else None
-    try:
-        train(engine, ahead, validate, rate, config, seen.steps, events)
-    except TrainingError:  # on all ranks alike: what is being saved is worth its time
-        saver.wait()
-        raise
-    ended(saver.wait())
+    last = seen.steps
+    # Asked before there was a step to save: the ranks end at once, together.
+    early = _any_rank(stop.received() is not None)
+    if not early:
+        try:
+            last = train(engine, ahead, validate, rate, config, seen.steps, events)
+        except TrainingError:  # on all ranks alike: what is being saved is worth its time
+            saver.wait()
+            raise
+        ended(saver.wait())
+    if last < config.training.steps and (early or engine.stopping):
+        recorder.note(f"stopped after step {last} of {config.training.steps}: {stop.received() or 'another rank'}")
+        return Ended(last, stopped=True)
+    return Ended(last, stopped=False)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended that did not fail. step: the last one done. stopped: it was asked to, with steps left."""
+
+    step: int
+    stopped: bool
+
+
+def _any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank; called by all of them."""
+    found = torch.tensor(int(flag), device=torch.cuda.current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 @dataclass(frozen=True)
@@ -326,5 +351,5 @@ def manifest(
         "data": data,
         "layout": layout,
         "versions": versions,
-        "config": run.config.model_dump(mode="json"),
+        "config": run.config.model_dump(mode="json", exclude={"slurm"}),
     }

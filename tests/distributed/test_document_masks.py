@@ -32,7 +32,7 @@ def _logits(config: dict[str, Any], batches: list[list[list[int]]], masked: bool
 
     from llmscale.distributed import cpu
     from llmscale.distributed.groups import form_groups
-    from llmscale.distributed.launch import Launch, device_of, start, stop
+    from llmscale.distributed.launch import Launch, device_of, leave, start
     from llmscale.distributed.layout import Layout
     from llmscale.models.family import families
     from llmscale.models.packing import Packing
@@ -60,7 +60,7 @@ def _logits(config: dict[str, Any], batches: list[list[list[int]]], masked: bool
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-    stop()
+    leave()
     return [logits.transpose(0, 1).numpy() for logits in found] or None
 
 

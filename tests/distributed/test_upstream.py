@@ -22,7 +22,7 @@ def _norm_of_a_long_gradient() -> tuple[float, float]:
     """llmscale's norm and torch's fp64 norm of one gradient of 2^23 numbers."""
     from llmscale.distributed import cpu
     from llmscale.distributed.groups import form_groups
-    from llmscale.distributed.launch import Launch, device_of, start, stop
+    from llmscale.distributed.launch import Launch, device_of, leave, start
     from llmscale.distributed.layout import Layout
     from llmscale.training.gradients import GradientBuffers, complete
 
@@ -33,7 +33,7 @@ def _norm_of_a_long_gradient() -> tuple[float, float]:
     exact = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     with form_groups(Layout(1, 1, 1, 1, False, (1,), 1), seed=0) as groups:
         norm = complete([GradientBuffers("cut", [gradient])], groups, clip=0.0)
-    stop()
+    leave()
     return norm, exact
 
 

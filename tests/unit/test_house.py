@@ -33,7 +33,9 @@ MATRIX = {
     "inference": DEVICES | {"models", "data", "checkpoint", "convert"},
     "evaluation": DEVICES | {"data"},
     "doctor": set(),
-    "cli": DEVICES | {"models", "data", "checkpoint", "training", "inference", "convert", "evaluation", "doctor"},
+    "slurm": DEVICES | {"checkpoint", "versions"},
+    "cli": DEVICES
+    | {"models", "data", "checkpoint", "training", "inference", "convert", "evaluation", "doctor", "slurm"},
     "__main__": {"cli"},
 }
 """Part -> the other parts it may import. models and data never meet; nothing imports what stands further down."""

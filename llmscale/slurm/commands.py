@@ -1,0 +1,61 @@
+"""Slurm's own commands, called as a user would; what they print, or what they refuse in one line."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmscale.errors import LlmscaleError, UsageError
+
+_FIELDS = "%i|%T|%r|%D|%N|%M|%L"
+
+
+class SlurmError(LlmscaleError):
+    """A command of Slurm failed."""
+
+
+def call(*words: str) -> str:
+    """Run a command, and give its standard output.
+
+    Raises:
+        UsageError: there is no such command here. SlurmError: it failed; with its own words.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    except FileNotFoundError:
+        raise UsageError(f"{words[0]}: not found; run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]}: no answer in 120 s; is Slurm's controller down? (scontrol ping)") from None
+    if done.returncode:
+        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise SlurmError(f"{words[0]}: {said or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job as the queue shows it. job: with its array task, such as 12_3. reason: why it waits. used, left: times."""
+
+    job: str
+    state: str
+    reason: str
+    nodes: int
+    nodelist: str
+    used: str
+    left: str
+
+
+def queue(jobs: Sequence[int]) -> list[Queued]:
+    """What the queue still knows of these jobs; those that ended some minutes ago are forgotten."""
+    if not jobs:
+        return []
+    listed = ",".join(map(str, jobs))
+    try:
+        text = call("squeue", "--noheader", "--states=all", f"--jobs={listed}", f"--format={_FIELDS}")
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == _FIELDS.count("|")]
+    return [Queued(job, state, reason, int(nodes), *rest) for job, state, reason, nodes, *rest in rows]

@@ -1,0 +1,148 @@
+"""What is known of a submission: a folder of its own in the run directory, and a list of the user's jobs.
+
+OUTPUT_DIR/slurm/20261123-141500-4711/
+    submission.json               what was submitted, and the jobs it became
+    script.sbatch                 the job script
+    attempts.jsonl                a line for each start that ended: how, at which step, and what was decided
+    ended                         why it is over, once it is: no job of the submission starts again
+    outcome_<job>_<start>.json    how a start ended, in the run's own words (outcome.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llmscale.errors import UsageError
+
+FOLDER = "slurm"
+SUBMISSION, SCRIPT, ATTEMPTS, ENDED = "submission.json", "script.sbatch", "attempts.jsonl", "ended"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """folder: its records. jobs: their numbers, more than one in a chain. log: with %x (name), %A or %j (number).
+
+    steps: of the whole run, None where the job is no run. step: the newest checkpoint's when it was submitted.
+    """
+
+    folder: Path
+    template: str
+    job_name: str
+    log: str
+    words: tuple[str, ...]
+    jobs: tuple[int, ...] = ()
+    steps: int | None = None
+    step: int | None = None
+    submitted: str = ""
+
+    @property
+    def run(self) -> Path:
+        """The run directory, or the folder of the logs of what is no run."""
+        return self.folder.parent.parent
+
+    def log_of(self, job: int) -> Path:
+        """The log of a job."""
+        return Path(self.log.replace("%x", self.job_name).replace("%j", str(job)).replace("%A", str(job)))
+
+    def write(self) -> None:
+        """Write submission.json, and list the jobs among the user's."""
+        content = {**asdict(self), "folder": str(self.folder)}
+        work = self.folder / f".{SUBMISSION}.tmp"
+        work.write_text(json.dumps(content, indent=1) + "\n")
+        work.replace(self.folder / SUBMISSION)
+        if self.jobs:
+            path = _registry()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps({"job": job, "folder": str(self.folder)}) + "\n" for job in self.jobs)
+
+    @classmethod
+    def read(cls, folder: Path) -> Submission:
+        """
+        Raises:
+            UsageError: the records are damaged.
+        """
+        try:
+            content = json.loads((folder / SUBMISSION).read_text())
+            return cls(
+                **{**content, "folder": folder, "jobs": tuple(content["jobs"]), "words": tuple(content["words"])}
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{folder / SUBMISSION}: cannot be read ({error}); name another run directory") from None
+
+    def with_jobs(self, jobs: tuple[int, ...]) -> Submission:
+        """As it is once it was submitted."""
+        return replace(self, jobs=jobs, submitted=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start that ended. step: the newest checkpoint's. decision: requeue, next, done or stop."""
+
+    job: int
+    start: int
+    code: int
+    status: str
+    reason: str
+    step: int
+    decision: str
+    ended: str
+
+
+def attempts(folder: Path) -> list[Attempt]:
+    """The starts that ended, oldest first."""
+    path = folder / ATTEMPTS
+    if not path.exists():
+        return []
+    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+
+
+def add_attempt(folder: Path, attempt: Attempt) -> None:
+    """Append one."""
+    with (folder / ATTEMPTS).open("a") as file:
+        file.write(json.dumps(asdict(attempt)) + "\n")
+
+
+def new_folder(output: Path) -> Path:
+    """The folder of a submission that is to be made."""
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return output / FOLDER / name
+
+
+def find(named: str) -> Submission:
+    """The submission of a job's number, or the newest one of a run directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if named.isdigit() and not Path(named).is_dir():
+        for row in _jobs():
+            if row["job"] == int(named) and (Path(row["folder"]) / SUBMISSION).is_file():
+                return Submission.read(Path(row["folder"]))
+        raise UsageError(f"job {named}: not submitted by `llmscale slurm submit` here; name its run directory")
+    folders = sorted(path.parent for path in Path(named, FOLDER).glob(f"*/{SUBMISSION}"))
+    if not folders:
+        raise UsageError(f"{named}: nothing was submitted from there; name a run directory, or a job's number")
+    return Submission.read(folders[-1])
+
+
+def _jobs() -> Iterator[dict[str, Any]]:
+    """The newest first."""
+    path = _registry()
+    if path.is_file():
+        for line in reversed(path.read_text().splitlines()):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _registry() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "llmscale" / "jobs.jsonl"
