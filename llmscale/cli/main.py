@@ -23,7 +23,7 @@ from llmscale.errors import LlmscaleError
 
 COMMANDS = {
     name: f"llmscale.cli.{name}"
-    for name in ("pretrain", "generate", "evaluate", "data", "checkpoint", "convert", "doctor")
+    for name in ("pretrain", "generate", "evaluate", "data", "checkpoint", "convert", "slurm", "doctor")
 }
 """Command -> the module whose `command` it is, in the order of the help."""
 INTERRUPTED = 130

@@ -54,7 +54,7 @@ def _decide(folder: Path, end: End, step: int, restart: str, limit: int) -> tupl
         return "done", f"all steps are done, {outcome.step} of them"
     if end.code == 0 and outcome is None:
         return "done", "the command ended well"
-    if end.state.split()[0:1] and end.state.split()[0] in GONE:
+    if end.state in GONE or (folder / ENDED).exists():
         return "stop", "the job was cancelled"
     what = _what(end)
     if outcome is not None and not outcome.retry:

@@ -1,0 +1,241 @@
+"""What is looked at on every node before a run starts, and which node is a bad one.
+
+Every node writes what it found of itself into one shared folder, which tells at once whether the file system is shared
+and writable. `judge` then compares: what a node says is wrong with it, what differs from the other nodes, which node
+said nothing. The all-reduce of all ranks comes after; a rank that does not come to it is named by its node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from llmscale.distributed.launch import Launch, device_of, leave, start
+from llmscale.errors import LlmscaleError, UsageError
+from llmscale.versions import versions
+
+MOST_SKEW_SECONDS = 5.0
+MOST_USED_MIB = 1024
+"""Memory of a GPU that something else may hold before the run begins."""
+REDUCED_BYTES = 64 << 20
+_QUERY = ("index", "name", "driver_version", "memory.used", "clocks.sm", "clocks.max.sm",
+          "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown")  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What a node found of itself. same: what must be equal on all nodes. skew: its clock less the file system's, in
+    seconds. wrong: why it is a bad node.
+    """
+
+    node: str
+    same: dict[str, str]
+    skew: float = 0.0
+    memory_gib: float = 0.0
+    gpus: list[dict[str, str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def node_name() -> str:
+    """This node's, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
+
+
+def look(folder: Path, gpus: int, check: str | None = None) -> Report:
+    """Look at this node, and write the report into the folder that all nodes share.
+
+    gpus: how many it must have; 0 looks at none. check: a program of the user's, which a bad node fails.
+    """
+    report = Report(node_name(), dict(versions()))
+    report.memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if gpus:
+        _look_at_gpus(report, gpus)
+    if free := _full(folder):
+        report.wrong.append(free)
+    if check is not None:
+        _check(report, check)
+    path = folder / f"{report.node}.json"
+    try:
+        path.write_text("")
+        report.skew = time.time() - path.stat().st_mtime
+        work = path.with_suffix(".tmp")
+        work.write_text(json.dumps(asdict(report), indent=1) + "\n")
+        work.replace(path)
+    except OSError as error:
+        report.wrong.append(f"cannot write to {folder}: {error.strerror}")
+    return report
+
+
+def _look_at_gpus(report: Report, wanted: int) -> None:
+    if shutil.which("nvidia-smi") is None:
+        report.wrong.append(f"has no nvidia-smi, and slurm.gpus_per_node is {wanted}")
+        return
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    except (subprocess.SubprocessError, OSError) as error:
+        report.wrong.append(f"nvidia-smi fails: {error}")
+        return
+    for line in done.stdout.splitlines():
+        report.gpus.append(dict(zip(_QUERY, (cell.strip() for cell in line.split(",")), strict=False)))
+    report.same |= {"driver": ",".join(sorted({gpu["driver_version"] for gpu in report.gpus}))}
+    report.same |= {"GPU": ",".join(sorted({gpu["name"] for gpu in report.gpus}))}
+    if len(report.gpus) < wanted:
+        report.wrong.append(f"shows {len(report.gpus)} GPU(s), and slurm.gpus_per_node is {wanted}")
+    for gpu in report.gpus:
+        where = f"GPU {gpu['index']}"
+        if _number(gpu["memory.used"]) > MOST_USED_MIB:
+            report.wrong.append(f"{where}: something holds {gpu['memory.used']} MiB of its memory")
+        if _number(gpu["ecc.errors.uncorrected.volatile.total"]) > 0:
+            report.wrong.append(f"{where}: {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory error(s)")
+        if gpu["clocks_throttle_reasons.hw_slowdown"] == "Active":
+            report.wrong.append(f"{where}: slowed down by its hardware ({gpu['clocks.sm']} MHz)")
+
+
+def _number(text: str) -> float:
+    """A figure of nvidia-smi; 0 for [N/A]."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _full(folder: Path) -> str | None:
+    free = shutil.disk_usage(folder).free if folder.is_dir() else None
+    if free is None:
+        return f"does not see {folder}: it is not on a file system that all nodes share"
+    return f"{folder}: {free >> 20} MiB are free there" if free < 64 << 20 else None
+
+
+def _check(report: Report, program: str) -> None:
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, timeout=240)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        report.wrong.append(f"{program}: {error}")
+        return
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        report.wrong.append(f"{program}: exit code {done.returncode}{f': {said[-1][:200]}' if said else ''}")
+
+
+def judge(folder: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
+    """Bad node -> what is wrong with it, of the nodes that should have written into the folder."""
+    reports, bad = {}, {}
+    for node in nodes:
+        try:
+            reports[node] = Report(**json.loads((folder / f"{node}.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            bad[node] = ["said nothing: nothing runs there, or it does not see the run directory"]
+    for node, report in reports.items():
+        if report.wrong:
+            bad[node] = list(report.wrong)
+    for key in sorted({key for report in reports.values() for key in report.same}):
+        for node, reason in _odd_ones(key, {node: report.same.get(key, "none") for node, report in reports.items()}):
+            bad.setdefault(node, []).append(reason)
+    if reports:
+        middle = statistics.median(report.skew for report in reports.values())
+        for node, report in reports.items():
+            if abs(report.skew - middle) > MOST_SKEW_SECONDS:
+                bad.setdefault(node, []).append(f"its clock is {report.skew - middle:+.1f} s off the others'")
+    for path in sorted(folder.glob("absent_*.json")):
+        for node, ranks in json.loads(path.read_text()).items():
+            bad.setdefault(node, []).append(f"rank(s) {ranks} did not come to the all-reduce")
+    return bad
+
+
+def _odd_ones(key: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The nodes whose value is not that of most; where no value is, of the first node."""
+    most = Counter(values.values()).most_common(2)
+    usual = most[0][0] if len(most) == 1 or most[0][1] > most[1][1] else next(iter(values.values()))
+    return [(node, f"{key} is {value}, {usual} elsewhere") for node, value in values.items() if value != usual]
+
+
+def all_reduce(folder: Path, launch: Launch, timeout: timedelta = timedelta(seconds=120)) -> dict[str, Any] | None:
+    """One all-reduce over all ranks of the step: its answer is checked and timed. Rank 0 gives the figures.
+
+    bus_gib_per_second: bytes · 2 (n - 1) / n / seconds, what each link carries (NCCL's tests call it busbw).
+
+    Raises:
+        LlmscaleError: a rank did not come, which is written into the folder with its node; or the sum is wrong.
+    """
+    import torch
+    import torch.distributed as dist
+
+    device = device_of(launch)
+    meet(folder, launch, timeout)
+    start(launch, device)
+    try:
+        size, rank = launch.world_size, launch.rank
+        data = torch.empty(REDUCED_BYTES // 4, device=device)
+        seconds = []
+        for _ in range(3):
+            data.fill_(float(rank + 1))
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(data)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        wrong = int((data != size * (size + 1) / 2).sum())
+        if wrong:
+            raise LlmscaleError(f"{node_name()}: {wrong} numbers of an all-reduce over {size} ranks are wrong")
+        best = min(seconds)
+        figures = {
+            "ranks": size,
+            "mib": REDUCED_BYTES >> 20,
+            "seconds": best,
+            "bus_gib_per_second": REDUCED_BYTES / 2**30 * 2 * (size - 1) / size / best,
+        }
+        return figures if rank == 0 else None
+    finally:
+        leave()
+
+
+def meet(folder: Path, launch: Launch, timeout: timedelta) -> None:
+    """Wait until every rank has come, before a process group waits for them without a word.
+
+    Raises:
+        LlmscaleError: some did not; rank 0 writes which, by node.
+    """
+    (folder / f"rank_{launch.rank}").write_text(node_name())
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        came = sum(1 for _ in folder.glob("rank_*"))
+        if came >= launch.world_size:
+            return
+        time.sleep(0.1)
+    ranks = {rank: folder / f"rank_{rank}" for rank in range(launch.world_size)}
+    missing = [rank for rank, path in ranks.items() if not path.exists()]
+    if launch.rank == 0:
+        nodes: dict[str, list[int]] = {}
+        for rank in missing:
+            nodes.setdefault(node_of(rank, launch), []).append(rank)
+        (folder / "absent_ranks.json").write_text(json.dumps(nodes))
+    raise LlmscaleError(f"rank(s) {missing} of {launch.world_size} did not come in {timeout.seconds} s")
+
+
+def node_of(rank: int, launch: Launch) -> str:
+    """The node of a rank, where every node has as many: the n-th of the job's list."""
+    nodes = os.environ.get("LLMSCALE_NODES", "").split(",")
+    index = rank // max(launch.local_world_size, 1)
+    return nodes[index] if index < len(nodes) and nodes[index] else f"the node number {index + 1} of the job"
+
+
+def nodes_of(text: str) -> list[str]:
+    """Names with commas between them."""
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise UsageError("--judge: names no node")
+    return names
