@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Several processes share the cores: each computes on one thread.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-slow test-latest lint format docs wheel clean
+.PHONY: help install demo test slurm test-slow test-latest lint format docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,8 +30,17 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: install
+test: install slurm
 	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile -m "not slow"
+
+# A real Slurm for tests/slurm, on this machine's loopback. Where it may not be installed, these tests skip and say why.
+slurm:
+	@for program in slurmctld slurmd munged sbatch; do command -v $$program >/dev/null || missing=yes; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Slurm for its tests"; \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+			slurmctld slurmd slurm-client munge; } >/dev/null 2>&1 || echo "it cannot be installed here"; \
+	fi
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m slow

@@ -121,7 +121,8 @@ class DataSource(Section):
     path: str = Field(
         min_length=1,
         description="What `llmscale data build` wrote, or `llmscale data describe` for text: a folder, any fsspec URL "
-        "(s3://bucket/train, hf://…), or `pipe:` and a command with {name} for the file's name.",
+        "(s3://bucket/train, hf://…), or `pipe:` and a command with {name} for the file's name. A pattern of folders "
+        "(data/part-*/train) stands for all of them, each with a share of the weight by its tokens.",
         examples=["data/train"],
     )
     weight: Float = Field(1.0, gt=0.0, description="Share of the sequences, relative to the other sources.")

@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(?:(?P<d>\d+)-(?=\d))?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 _OURS = {
     "job-name": "job_name", "nodes": "nodes", "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node",
-    "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "time": "time",
+    "gpus": "gpus", "gpus-per-task": "gpus", "gpus-per-node": "gpus_per_node", "gres": "gpus_per_node", "time": "time",
     "partition": "partition", "account": "account", "qos": "qos", "mem": "memory", "constraint": "constraint",
     "exclude": "exclude", "nodelist": "nodelist", "reservation": "reservation", "cpus-per-task": "cpus_per_task",
     "output": "logs", "error": "logs", "requeue": "restart", "no-requeue": "restart", "signal": "signal_seconds",
@@ -119,6 +119,12 @@ class Slurm(Section):
     reservation: Option | None = Field(None, description="Reservation (--reservation).")
     nodes: Int = Field(1, ge=1, description="Nodes.")
     gpus_per_node: Int = Field(8, ge=0, description="GPUs of a node: one task each; 0 for a job on CPUs.")
+    gpus: Int | None = Field(
+        None,
+        ge=1,
+        description="GPUs of the whole job, one task each, for nodes that have different numbers of them; in place of "
+        "gpus_per_node and tasks_per_node.",
+    )
     gpu_type: Option | None = Field(None, description="Type of the GPUs, as the cluster calls it.", examples=["h100"])
     tasks_per_node: Int | None = Field(None, ge=1, description="Tasks of a node; gpus_per_node, or 1, when null.")
     cpus_per_task: Int | None = Field(None, ge=1, description="Cores of a task; the cluster decides when null.")
@@ -195,4 +201,4 @@ class Slurm(Section):
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
-        return self.nodes * self.tasks
+        return self.gpus or self.nodes * self.tasks

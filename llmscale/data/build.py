@@ -25,7 +25,7 @@ from llmscale.data.inputs import find
 from llmscale.data.journal import DATASET, Journal
 from llmscale.data.shards import SAMPLE_TOKENS, Card, Deduplication, SplitWriter, Tokens, shard_name
 from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 TRAIN, VALIDATION = "train", "validation"
 _MIN_SAMPLE_TOKENS = 1024
@@ -79,16 +79,28 @@ def build(
     overwrite: bool = False,
     restart: bool = False,
     staging: Path | None = None,
+    part: tuple[int, int] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
     """Write OUTPUT/train and, where validation_fraction is above 0, OUTPUT/validation.
 
     The same inputs, tokenizer and options give the same bytes. tokenizer, end_of_document, pattern: as `Tokenizer` has
     them. output: a folder or an fsspec URL. dedup: none, exact
-    or near. restart: begin anew where an unfinished build could be gone on with. report: called now and then with how
-    far it is.
+    or near. restart: begin anew where an unfinished build could be gone on with. part: (number from 0, how many), to
+    build only that share of the files, into OUTPUT/part-<number>. report: called now and then with how far it is.
+
+    Raises:
+        UsageError: there are fewer files than parts.
     """
     files = find(inputs, suffixes)
+    if part is not None:
+        number, count = part
+        if len(files) < count:
+            raise UsageError(
+                f"--part {number}/{count}: the input has {len(files)} file(s); use at most that many parts"
+            )
+        files = files[number::count]
+        output = f"{str(output).rstrip('/')}/part-{number:05d}"
     total_bytes = sum(file.size for file in files)
     loaded = Tokenizer(tokenizer, end_of_document, pattern)
     encoder = Encoder(loaded, text_key, exact=dedup != "none", near=dedup == "near")
@@ -99,6 +111,7 @@ def build(
         "--validation-fraction": str(validation_fraction),
         "--shard-size": str(shard_bytes),
         "--dedup": f"{dedup} {near_threshold}" if encoder.near else dedup,
+        **({"--part": f"{part[0]}/{part[1]}"} if part else {}),
     }
     place = destination(output, staging)
     try:

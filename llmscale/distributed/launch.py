@@ -93,6 +93,11 @@ class Launch:
     def _checked(self) -> Launch:
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"environment: rank {self.rank} is not below the number of ranks, {self.world_size}")
+        if self.world_size > self.local_world_size > 0 and _means_this_machine(self.master_address):
+            raise UsageError(
+                f"environment: {self.world_size} ranks, {self.local_world_size} of them on this node, would meet at "
+                f"{self.master_address}, which every node takes for itself; set MASTER_ADDR to the first node's name"
+            )
         return self
 
     def export(self, environment: MutableMapping[str, str] | None = None) -> None:
@@ -115,6 +120,11 @@ class Launch:
         if not _has_gpu():
             # DeepSpeed would look for itself, and warn that it found none.
             env.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _means_this_machine(address: str) -> bool:
+    """Whether a name or an address is every machine's own. Debian gives a machine's own name 127.0.1.1."""
+    return address in ("localhost", "localhost.localdomain", "::1") or address.startswith("127.0.")
 
 
 def first_host(nodes: str) -> str:
@@ -170,6 +180,8 @@ def leave() -> None:
 def quiet_imports() -> None:
     """Leave out what Megatron-core warns of when it is imported: packages that `llmscale doctor` reports on."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # DeepSpeed calls torch's collectives by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def one_thread_for_tokenizers() -> None:

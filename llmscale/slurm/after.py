@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -61,14 +62,12 @@ def _decide(folder: Path, end: End, step: int, restart: str, limit: int) -> tupl
         return "stop", f"{what}; no other start would mend that"
     if restart == "never":
         return "stop", f"{what}; slurm.restart is never: submit it again to go on from step {step}"
-    before = _step_before(folder)
+    steps = [_step_at_submission(folder), *(attempt.step for attempt in attempts(folder)), step]
     without = 0
-    if step <= before:
-        without = 1
-        for attempt in reversed(attempts(folder)):
-            if attempt.step < step:
-                break
-            without += 1
+    for before, now in reversed(list(pairwise(steps))):
+        if now > before:
+            break
+        without += 1
     if without > limit:
         said = f"{without} starts in a row saved no step beyond {step}"
         return "stop", f"{what}; {said} (slurm.restarts_without_progress is {limit})"
@@ -84,13 +83,9 @@ def _what(end: End) -> str:
     return f"failed: {end.outcome.reason}"
 
 
-def _step_before(folder: Path) -> int:
-    """The newest checkpoint's step when the start began."""
-    if earlier := attempts(folder):
-        return earlier[-1].step
-    if (folder / SUBMISSION).is_file():
-        return Submission.read(folder).step or 0
-    return 0
+def _step_at_submission(folder: Path) -> int:
+    """The newest checkpoint's step when the job was submitted."""
+    return Submission.read(folder).step or 0 if (folder / SUBMISSION).is_file() else 0
 
 
 def newest_step(checkpoints: str) -> int:

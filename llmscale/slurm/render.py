@@ -108,7 +108,7 @@ def render(job: Job) -> str:
                     "--limit", str(settings.restarts_without_progress),
                 ],
                 "preflight_options": [
-                    "--gpus", str(settings.gpus_per_node),
+                    "--gpus", "1" if settings.gpus else str(settings.gpus_per_node),
                     *(["--check", str(job.folder / settings.node_check)] if settings.node_check else []),
                 ],
             }
@@ -149,6 +149,7 @@ def options(job: Job) -> list[str]:
     tasks = 1 if job.on_one_node else settings.tasks
     gpus = 0 if job.kind == "data_build" else settings.gpus_per_node
     typed = f"{settings.gpu_type}:" if settings.gpu_type else ""
+    spread = None if job.on_one_node else settings.gpus
     found: list[tuple[str, object]] = [
         ("job-name", job.name),
         ("partition", settings.partition),
@@ -156,8 +157,10 @@ def options(job: Job) -> list[str]:
         ("qos", settings.qos),
         ("reservation", settings.reservation),
         ("nodes", nodes),
-        ("ntasks-per-node", tasks),
-        ("gpus-per-node", f"{typed}{gpus}" if gpus else None),
+        ("ntasks", spread),
+        ("gpus-per-task", f"{typed}1" if spread else None),
+        ("ntasks-per-node", None if spread else tasks),
+        ("gpus-per-node", f"{typed}{gpus}" if gpus and not spread else None),
         ("cpus-per-task", settings.cpus_per_task),
         ("mem", settings.memory),
         ("time", settings.time),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import subprocess
@@ -86,7 +87,8 @@ def _problems(config: RunConfig, here: Path) -> list[Problem]:
         found.append(Problem("checkpoint.resume", reason, "use auto"))
     for key in ("train", "validation"):
         for number, source in enumerate(getattr(config.data, key)):
-            if "://" not in source.path and not source.path.startswith("pipe:") and not (here / source.path).exists():
+            remote = "://" in source.path or source.path.startswith("pipe:")
+            if not remote and not (here / source.path).exists() and not glob.glob(str(here / source.path)):
                 where = f"data.{key}[{number}].path"
                 found.append(Problem(where, f"there is nothing at {source.path}", "build the data, or mend the path"))
     for where, text in (

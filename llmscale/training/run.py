@@ -23,6 +23,7 @@ from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
 from llmscale.config.schema import DataSource, RunConfig
 from llmscale.data.loader import Loader
+from llmscale.data.parts import expanded, is_pattern
 from llmscale.data.stream import Reading, Stream
 from llmscale.distributed import cpu, stop
 from llmscale.distributed.groups import Groups, form_groups
@@ -102,11 +103,20 @@ def _open(config: RunConfig, key: Literal["train", "validation"], path: Path, re
         readers=readers,
         workers=data.workers,
     )
-    stream = Stream([(s.path, s.weight) for s in sources], data.sequence_length, config.run.seed, reading)
+    parts = [
+        (number, *part)
+        for number, source in enumerate(sources)
+        for part in (
+            expanded(source.path, source.weight) if is_pattern(source.path) else [(source.path, source.weight)]
+        )
+    ]
+    stream = Stream([(path, weight) for _, path, weight in parts], data.sequence_length, config.run.seed, reading)
     problems = [
-        Problem(f"data.{key}[{number}].format", f"is {source.format}, and {source.path} holds {found}", f"use {found}")
-        for number, (source, found) in enumerate(zip(sources, stream.formats, strict=True))
-        if source.format not in (None, found)
+        Problem(
+            f"data.{key}[{number}].format", f"is {sources[number].format}, and {place} holds {found}", f"use {found}"
+        )
+        for (number, place, _), found in zip(parts, stream.formats, strict=True)
+        if sources[number].format not in (None, found)
     ]
     if problems:
         raise ConfigError(str(path), problems)

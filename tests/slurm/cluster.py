@@ -30,7 +30,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge/sock,cred_expire=3
+AuthInfo=socket={folder}/munge/sock,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n

@@ -1,0 +1,183 @@
+"""From a config to a script, and what is refused before it is one."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from llmscale.cli.slurm import command
+from llmscale.config.load import load, load_slurm
+from llmscale.config.slurm import seconds_of
+from llmscale.errors import ConfigError, UsageError
+from llmscale.slurm.submit import plan
+
+RUN: dict[str, Any] = {
+    "run": {"name": "mine", "output_dir": "runs/mine"},
+    "model": {"family": "llama", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 300},
+    "data": {"train": [{"path": "data"}], "sequence_length": 64},
+    "training": {"steps": 10, "global_batch_size": 64},
+    "checkpoint": {"interval": 5},
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(here: Path, slurm: dict[str, Any], **more: Any) -> Path:
+    path = here / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, **more, "slurm": slurm}))
+    return path
+
+
+def script(path: Path, *words: str) -> str:
+    result = CliRunner().invoke(command, ["render", str(path), *words])
+    if result.exception:
+        raise result.exception
+    checked = subprocess.run(["bash", "-n"], input=result.stdout, capture_output=True, text=True)
+    assert checked.stderr == ""
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("1:30:15", 5415), ("2-0", 172800), ("1-2:30", 95400), ("1-02:30:05", 95405),
+     ("a", None), ("", None), ("1:2:3:4", None), ("-5", None)],
+)  # fmt: skip
+def test_time_limits(time: str, seconds: int | None) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_every_setting_is_an_option(here: Path) -> None:
+    settings = {
+        "partition": "gpu", "account": "p1", "qos": "long", "reservation": "r", "nodes": 4, "gpus_per_node": 4,
+        "gpu_type": "h100", "cpus_per_task": 12, "memory": "480G", "time": "1-00:00:00", "constraint": "a&b",
+        "exclude": "node[07-09]", "nodelist": "n1", "extra": ["--switches=1"], "srun": ["--cpu-bind=none"],
+        "modules": ["cuda/12.8"], "environment": {"A": "b c"}, "network_interface": "ib0",
+    }  # fmt: skip
+    text = script(write(here, settings), "parallel.tensor=4")
+    for option in (
+        "job-name=mine", "partition=gpu", "account=p1", "qos=long", "reservation=r", "nodes=4", "ntasks-per-node=4",
+        "gpus-per-node=h100:4", "cpus-per-task=12", "mem=480G", "time=1-00:00:00", "constraint=a&b",
+        "exclude=node[07-09]", "nodelist=n1", "switches=1", "signal=USR1@300", "exclusive", "requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}\n" in text
+    assert "on_all=(--cpu-bind=none --cpus-per-task=12)" in text
+    assert "module load cuda/12.8\n" in text and "export A='b c'\n" in text
+    assert "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0\n" in text
+    assert f"-- pretrain {here}/run.yaml parallel.tensor=4" in text
+
+
+def test_gpus_of_nodes_that_have_different_numbers(here: Path) -> None:
+    text = script(write(here, {"nodes": 2, "gpus": 16, "gpu_type": "h100"}))
+    assert "#SBATCH --ntasks=16\n#SBATCH --gpus-per-task=h100:1\n" in text and "per-node" not in text
+
+
+def test_a_cluster_file_is_shared_and_keys_beside_it_win(here: Path) -> None:
+    (here / "cluster.yaml").write_text("partition: gpu\nnodes: 2\ngpus_per_node: 4\n")
+    found = load(write(here, {"cluster": "cluster.yaml", "nodes": 8})).slurm
+    assert (found.partition, found.nodes, found.gpus_per_node, found.world_size) == ("gpu", 8, 4, 32)
+    assert load_slurm(here / "cluster.yaml", ["slurm.nodes=3"]).nodes == 3
+    with pytest.raises(ConfigError, match=r"slurm\.cluster: there is no file other.yaml"):
+        load(write(here, {"cluster": "other.yaml"}))
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "convert", "data_build", "check"])
+@pytest.mark.parametrize("container", [None, "apptainer", "pyxis"])
+def test_other_jobs_and_containers_are_valid_bash(here: Path, kind: str, container: str | None) -> None:
+    settings: dict[str, Any] = {"gpus_per_node": 2}
+    if container:
+        settings["container"] = {"runtime": container, "image": "i m.sif", "mounts": ["/data", "/a:/b"]}
+    (here / "cluster.yaml").write_text(yaml.safe_dump(settings))
+    text = script(here / "cluster.yaml", "--template", kind, *([] if kind == "check" else ["--input", "a b", "c"]))
+    if container == "apptainer":
+        assert "program=(apptainer exec --nv --bind /data --bind /a:/b 'i m.sif' llmscale)" in text
+    elif container == "pyxis":
+        assert "'--container-image=i m.sif' --container-mounts=/data,/a:/b" in text
+        assert "one=(srun --nodes=1 --ntasks=1 '--container-image=i m.sif'" in text
+    if kind == "data_build":
+        assert "#SBATCH --array=0-0\n" in text and "data build --input 'a b' c" in text and "gpus-per-node" not in text
+
+
+HOSTILE = [
+    "a b",
+    "a\n#SBATCH --nodes=9",
+    "$(touch x)",
+    "`touch x`",
+    "a;touch x",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "",
+    "a\rb",
+    "\x00",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("key", ["partition", "job_name", "constraint", "nodelist", "gpu_type", "network_interface"])
+def test_no_value_of_an_option_holds_what_a_shell_reads(here: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"slurm.{key}"):
+        plan("pretrain", write(here, {key: value}), [])
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ({"extra": ["--nodes=3"]}, r"extra\[0\]: would say twice .*; set slurm.nodes"),
+        ({"extra": ["--comment=a b"]}, r"extra\[0\]: is no option"),
+        ({"extra": ["-N3"]}, r"extra\[0\]: is no option"),
+        ({"environment": {"A B": "c"}}, r"'A B' is no name of an environment variable"),
+        ({"environment": {"A": "c\nd"}}, r"slurm.environment.A: is empty, or holds a line break"),
+        ({"modules": ["a\nb"]}, r"modules\[0\]: is empty, or holds a line break"),
+        ({"time": "soon"}, "slurm.time: is no time limit"),
+        ({"memory": "lots"}, "slurm.memory: is no amount"),
+        ({"time": "00:04:00"}, "slurm.time: 00:04:00 is not longer than slurm.signal_seconds"),
+        ({"source": ["env/activate"]}, r"slurm.source\[0\]: there is no file env/activate"),
+        ({"node_check": "run.yaml"}, "slurm.node_check: run.yaml is no program"),
+        ({"partitoin": "gpu"}, "did you mean slurm.partition"),
+        ({"gpus_per_node": 3}, "parallel.tensor|global_batch_size|divi"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_submitted(here: Path, slurm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan("pretrain", write(here, slurm), ["parallel.tensor=8"] if "gpus_per_node" in slurm else [])
+
+
+def test_a_run_that_could_not_go_on_is_refused(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint.interval: 0 saves nothing"):
+        plan("pretrain", write(here, {}, checkpoint={"interval": 0}), [])
+    with pytest.raises(ConfigError, match=r"checkpoint.resume: never"):
+        plan("pretrain", write(here, {}), ["checkpoint.resume=never"])
+    with pytest.raises(ConfigError, match=r"data.train\[0\].path: there is nothing at elsewhere"):
+        plan("pretrain", write(here, {}), ["data.train=[{path: elsewhere}]"])
+    with pytest.raises(ConfigError, match=r"two checkpoints take"):
+        plan("pretrain", write(here, {}), ["model.hidden_size=524288", "model.num_layers=800"])
+    plan("pretrain", write(here, {"restart": "never"}, checkpoint={"interval": 0}), [])
+
+
+def test_a_template_of_ones_own(here: Path) -> None:
+    (here / "mine.j2").write_text("#!/bin/bash\n#SBATCH --comment={{ partition }}\n{% include 'environment.sh.j2' %}\n")
+    text = script(write(here, {"template": "mine.j2", "partition": "gpu"}))
+    assert "#SBATCH --comment=gpu\n" in text and "export OMP_NUM_THREADS" in text
+    (here / "mine.j2").write_text("#!/bin/bash\n{{ partitoin }}\n")
+    with pytest.raises(UsageError, match=r"mine\.j2.*partitoin"):
+        script(write(here, {"template": "mine.j2"}))
+    with pytest.raises(UsageError, match=r"slurm\.template: there is no file"):
+        script(write(here, {"template": "none.j2"}))
+
+
+def test_other_jobs_need_their_words(here: Path) -> None:
+    (here / "cluster.yaml").write_text("nodes: 1\n")
+    with pytest.raises(UsageError, match="give the arguments of `llmscale evaluate`"):
+        plan("evaluate", here / "cluster.yaml", [])
+    with pytest.raises(UsageError, match="--array"):
+        plan("convert", here / "cluster.yaml", ["to-hf", "a", "b"], array=3)
