@@ -78,7 +78,8 @@ def test_every_setting_is_an_option(here: Path) -> None:
 
 def test_gpus_of_nodes_that_have_different_numbers(here: Path) -> None:
     text = script(write(here, {"nodes": 2, "gpus": 16, "gpu_type": "h100"}))
-    assert "#SBATCH --ntasks=16\n#SBATCH --gpus-per-task=h100:1\n" in text and "per-node" not in text
+    assert "#SBATCH --ntasks=16\n#SBATCH --gpus-per-task=h100:1\n" in text
+    assert "#SBATCH --ntasks-per-node" not in text and "#SBATCH --gpus-per-node" not in text
 
 
 def test_a_cluster_file_is_shared_and_keys_beside_it_win(here: Path) -> None:
