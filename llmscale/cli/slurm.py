@@ -138,7 +138,7 @@ def logs_command(named: str, follow: bool, count: int, as_json: bool) -> None:
             click.echo(text, nl=False)
         if not follow:
             return
-        alive = any(job.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") for job in queue(submission.jobs))
+        alive = any(not job.over for job in queue(submission.jobs))
         if waited and (not alive or (submission.folder / ENDED).exists()) and not text_left(path, place):
             return
         waited = True
@@ -160,7 +160,7 @@ def cancel_command(named: str, dry_run: bool, as_json: bool) -> None:
     from llmscale.slurm.records import ENDED, find
 
     submission = find(named)
-    alive = [job.job for job in queue(submission.jobs) if job.state in ("PENDING", "RUNNING", "SUSPENDED")]
+    alive = [job.job for job in queue(submission.jobs) if not job.over]
     if not dry_run:
         if alive:
             (submission.folder / ENDED).write_text("stop: cancelled by llmscale slurm cancel\n")

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from llmscale.errors import LlmscaleError, UsageError
 
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
 _FIELDS = "%i|%T|%r|%D|%N|%M|%L"
 
 
@@ -44,6 +48,11 @@ class Queued:
     nodelist: str
     used: str
     left: str
+
+    @property
+    def over(self) -> bool:
+        """Whether it neither waits, nor runs, nor ends to be started again."""
+        return self.state in _OVER
 
 
 def queue(jobs: Sequence[int]) -> list[Queued]:

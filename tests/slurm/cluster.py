@@ -166,6 +166,18 @@ class Cluster:
                 process.send_signal(signal.SIGTERM if name == "munged" else signal.SIGKILL)
                 process.wait()
 
+    def clear(self) -> None:
+        """Cancel all jobs, whatever they would rather do, and wait until all nodes are idle."""
+
+        def cleared() -> bool:
+            jobs = self.call("squeue", "--noheader", "--format=%i").split()
+            if jobs:
+                self.call("scancel", "--signal=KILL", "--full", *jobs)
+                self.call("scancel", *jobs)
+            return not jobs and self.idle() == set(self.nodes)
+
+        self._until(cleared, "idle nodes", 60)
+
     def idle(self) -> set[str]:
         """The nodes that wait for work."""
         return set(

@@ -32,3 +32,12 @@ def cluster() -> Iterator[Cluster]:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards."""
     return write_corpus(tmp_path_factory.mktemp("tokens") / "train", 400)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test's jobs stand in the way of the next one's."""
+    yield
+    if "cluster" in request.fixturenames:
+        cluster: Cluster = request.getfixturevalue("cluster")
+        cluster.clear()
