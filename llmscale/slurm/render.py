@@ -190,11 +190,11 @@ def _literal(path: str) -> str:
 
 def _directive(value: str) -> str:
     """A value in a line of #SBATCH, quoted where it must be."""
-    if any(ord(letter) < 32 for letter in value):
-        raise UsageError(f"{value!r}: a path with a line break cannot stand in a job script; rename it")
+    if "\\" in value or any(ord(letter) < 32 for letter in value):  # Slurm reads a backslash in a log's path
+        raise UsageError(f"{value!r}: a path with a backslash or a line break cannot stand in a job script; rename it")
     if re.fullmatch(r"[A-Za-z0-9_.:/=,@%+-]+", value):
         return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 def shown(words: Sequence[str]) -> str:

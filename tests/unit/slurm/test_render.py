@@ -176,6 +176,14 @@ def test_a_template_of_ones_own(here: Path) -> None:
         script(write(here, {"template": "none.j2"}))
 
 
+def test_a_folder_that_slurm_would_misread_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a\\b"
+    (folder / "data").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="a path with a backslash"):
+        script(write(folder, {}))
+
+
 def test_other_jobs_need_their_words(here: Path) -> None:
     (here / "cluster.yaml").write_text("nodes: 1\n")
     with pytest.raises(UsageError, match="give the arguments of `llmscale evaluate`"):
