@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,8 +194,3 @@ def _directive(value: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_.:/=,@%+-]+", value):
         return value
     return '"' + value.replace('"', '\\"') + '"'
-
-
-def shown(words: Sequence[str]) -> str:
-    """Words as a shell would take them."""
-    return shlex.join(words)
