@@ -133,7 +133,7 @@ def train_tokenizer(
     metavar="FOLDER",
     help="Where to work when --output is a URL; the system's folder for temporary files when not given.",
 )
-@click.option("--part", metavar="NUMBER/COUNT", help="Build only that share of the files, into OUTPUT/part-NUMBER.")
+@options.part
 @options.as_json
 def build(
     inputs: Sequence[str],
@@ -152,7 +152,7 @@ def build(
     overwrite: bool,
     restart: bool,
     staging: Path | None,
-    part: str | None,
+    part: tuple[int, int] | None,
     as_json: bool,
 ) -> None:
     """Turn text into token shards that `llmscale pretrain` streams.
@@ -186,7 +186,7 @@ def build(
             overwrite=overwrite,
             restart=restart,
             staging=staging,
-            part=_part(part) if part else None,
+            part=part,
             report=report,
         )
     click.echo(json.dumps(_summary(summary)) if as_json else "\n".join(_summary_lines(summary)))
@@ -351,14 +351,6 @@ def _described(place: str, card: TextCard) -> str:
         f"{place}: text, {card.documents:,} documents in {card.shards:,} shard(s), {_bytes(card.bytes)}, "
         f"read in {card.streams} logical stream(s)"
     )
-
-
-def _part(text: str) -> tuple[int, int]:
-    """3/16 -> (3, 16)."""
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise UsageError(f"--part {text}: write NUMBER/COUNT with numbers from 0, such as 0/16 or 15/16")
-    return int(number), int(count)
 
 
 def _cpus() -> int:

@@ -27,6 +27,18 @@ class Size(click.ParamType[int]):
         return size
 
 
+class Part(click.ParamType[tuple[int, int]]):
+    """A share of the input: 0/16 to 15/16."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        if not match or int(match[1]) >= int(match[2]):
+            self.fail(f"{value!r} is not a part; write 0/16 for the first of 16, 15/16 for the last", param, ctx)
+        return int(match[1]), int(match[2])
+
+
 inputs = click.option(
     "--input",
     "inputs",
@@ -50,4 +62,7 @@ pattern = click.option(
     "--pattern", type=click.Choice(list(PATTERNS)),
     help="How a tiktoken file's text is cut into words; by its name when not given.",
 )  # fmt: skip
+part = click.option(
+    "--part", type=Part(), metavar="NUMBER/COUNT", help="Build only that share of the files, into OUTPUT/part-NUMBER."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -249,9 +248,9 @@ def after_command(
 ) -> None:
     """What the job's script does next: prints one word, and the reason on standard error."""
     from llmscale.slurm.after import End, decide
-    from llmscale.slurm.outcome import VARIABLE, read
+    from llmscale.slurm.outcome import told
 
-    outcome = read(Path(os.environ.get(VARIABLE) or folder / f"outcome_{job}_{start}.json"))
+    outcome = told(folder / f"outcome_{job}_{start}.json")
     try:
         word, reason = decide(folder, End(job, start, code, state, outcome), checkpoints, restart, limit)
     except OSError as error:

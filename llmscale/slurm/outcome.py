@@ -41,6 +41,11 @@ def tell(outcome: Outcome) -> None:
         work.unlink(missing_ok=True)
 
 
+def told(default: Path) -> Outcome | None:
+    """What the run of this job told; default: where, if the variable does not say."""
+    return read(Path(os.environ.get(VARIABLE) or default))
+
+
 def read(path: Path) -> Outcome | None:
     """What was told; None where nothing was, or nothing whole."""
     try:

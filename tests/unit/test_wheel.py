@@ -64,7 +64,7 @@ def _output(command: list[str], folder: Path, environment: dict[str, str] | None
     ("name", "source", "pattern"),
     [
         ("ds_configs", "ds_configs", "*.json"),
-        ("slurm", "slurm", "*.sbatch"),
+        ("slurm", "slurm", "*.j2"),
         ("presets", "llmscale/config/presets", "*.yaml"),
     ],
 )

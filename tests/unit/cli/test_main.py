@@ -115,7 +115,7 @@ def test_done_is_0(swap: Callable[[click.Command], None]) -> None:
         (["checkpoints"], "error: no command 'checkpoints'; did you mean checkpoint? (see llmscale --help)"),
         (
             ["zzz"],
-            "error: no command 'zzz'; there are pretrain, generate, evaluate, data, checkpoint, convert, doctor "
+            "error: no command 'zzz'; there are pretrain, generate, evaluate, data, checkpoint, convert, slurm, doctor "
             "(see llmscale --help)",
         ),
         (["pretrain"], "error: Missing argument 'CONFIG' (see llmscale pretrain --help)"),
@@ -144,6 +144,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"llmscale {metadata.version('llmscale')}\n"
 
 
+def shown_commands(group: click.Command | None) -> list[str]:
+    """The commands of a group that its help shows."""
+    found = group.commands if isinstance(group, click.Group) else {}
+    return [name for name, child in found.items() if not child.hidden]
+
+
 @pytest.mark.parametrize("name", program.COMMANDS)
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--help") == 0
@@ -151,7 +157,7 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     assert f"Usage: llmscale {name}" in shown
     # A group's commands carry their own.
     group = program.group.get_command(click.Context(program.group), name)
-    for path in [[name, child] for child in group.commands] if isinstance(group, click.Group) else []:
+    for path in [[name, child] for child in shown_commands(group)]:
         assert run(*path, "--help") == 0
         shown = capsys.readouterr().out
         assert "Example:" in shown

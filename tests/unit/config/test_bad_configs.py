@@ -26,7 +26,7 @@ PRESETS = "gemma-7b, gpt2-large, gpt2-medium, gpt2-small, gpt2-xl, gpt3-13b, gpt
 PRESETS += "llama-13b, llama-1b, llama-3-8b, llama-3.1-8b, llama-70b, llama-7b, mistral-7b, pythia-160m, pythia-6.9b, "
 PRESETS += "qwen2.5-0.5b, qwen2.5-7b, qwen3-0.6b, qwen3-8b, tiny-gpt2, tiny-llama"
 SHIPPED = "zero0.json, zero1.json, zero2.json, zero2_offload.json, zero3.json, zero3_offload.json"
-SECTIONS = "run, model, data, parallel, training, optimizer, schedule, deepspeed, checkpoint, logging"
+SECTIONS = "run, model, data, parallel, training, optimizer, schedule, deepspeed, checkpoint, logging, slurm"
 
 
 def messages(
@@ -280,10 +280,10 @@ schedule: {name: warm}
 deepspeed: zero9.json
 checkpoint: {keep: true}
 logging: {interval: 0}
-extra: 1
+zzz: 1
 """,
         [
-            f"extra: is not a key of the config; there are {SECTIONS}",
+            f"zzz: is not a key of the config; there are {SECTIONS}",
             "run.name: text is wanted, not 1; write it in quotes: \"1\"",
             "run.sed: is not a key of the config; did you mean run.seed?",
             "model.hiden_size: is not a key of the config; did you mean model.hidden_size?",
