@@ -50,7 +50,8 @@ def command(config: Path, overrides: tuple[str, ...]) -> int:
         tell(Outcome("failed", f"{type(error).__name__}: {error}"))
         raise
     if ended.stopped:
-        tell(Outcome("stopped", stop.received() or "another rank was asked to stop", ended.step))
+        if (name := stop.received()) is not None:  # a rank that was not asked leaves it to the one that was
+            tell(Outcome("stopped", name, ended.step))
         return stop.STOPPED
     tell(Outcome("done", "", ended.step))
     return 0
