@@ -38,8 +38,9 @@ slurm:
 	@for program in slurmctld slurmd munged sbatch; do command -v $$program >/dev/null || missing=yes; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Slurm for its tests"; \
-		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-			slurmctld slurmd slurm-client munge; } >/dev/null 2>&1 || echo "it cannot be installed here"; \
+		{ timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y \
+			--no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null 2>&1 \
+			|| echo "it cannot be installed here"; \
 	fi
 
 test-slow: install

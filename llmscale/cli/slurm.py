@@ -183,8 +183,10 @@ def preflight_command(
     folder: Path | None, gpus: int, check: str | None, reduce: bool, judge: str | None, as_json: bool
 ) -> int:
     """Look at this node as a job does before every start: GPUs, versions, disk, clock. Exit code 3 for a bad one."""
+    from llmscale.distributed import stop
     from llmscale.slurm import preflight
 
+    stop.listen()  # a look takes seconds: it ends before the job does
     if folder is not None and judge is not None:
         bad = preflight.judge(folder, preflight.nodes_of(judge))
         for node, reasons in bad.items():

@@ -64,6 +64,7 @@ def test_a_run_that_was_preempted_three_times_is_the_run_that_was_not(
     assert starts == 4
     reasons = [attempt.reason for attempt in job.attempts()]
     assert reasons[0].startswith("stopped by SIGUSR1 after step ")
+    assert "cannot be requeued" not in job.log()
     assert [attempt.decision for attempt in job.attempts()][-1] == "done"
     in_processes(
         4, command, "pretrain", str(tmp_path / "run.yaml"), "parallel.tensor=2", f"run.output_dir={tmp_path}/whole"
@@ -196,3 +197,17 @@ def test_fewer_nodes_go_on_where_more_were(cluster: Cluster, tokens: Path, tmp_p
     assert (
         subprocess.run(["grep", "-c", "start 1:", str(job.run / "logs" / f"tiny-{job.number()}.out")]).returncode == 0
     )
+
+
+def test_what_was_cancelled_stays_cancelled(cluster: Cluster, tokens: Path, tmp_path: Path) -> None:
+    """By Slurm's own scancel, of which llmscale hears nothing but a SIGTERM: it saves, and does not come back."""
+    job = Job(cluster, tmp_path, tokens, {"tasks_per_node": 2}, training={"steps": 100_000})
+    job.submit()
+    job.until_step(5)
+    cluster.call("scancel", job.number())
+    assert job.until_over() == "stop: the job was cancelled"
+    assert job.state() == "CANCELLED"
+    last = job.rows()[-1]["step"]
+    assert (job.run / "checkpoints" / f"step_{last:08d}" / "manifest.json").exists()
+    time.sleep(2)
+    assert job.state() == "CANCELLED"
