@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install slurm
-	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # A real Slurm for tests/slurm, on this machine's loopback. Where it may not be installed, these tests skip and say why.
 slurm:

@@ -185,13 +185,14 @@ def preflight_command(
     """Look at this node as a job does before every start: GPUs, versions, disk, clock. Exit code 3 for a bad one."""
     from llmscale.distributed import stop
     from llmscale.slurm import preflight
+    from llmscale.slurm.task import of_job
 
     stop.listen()  # a look takes seconds: it ends before the job does
     if folder is not None and judge is not None:
         bad = preflight.judge(folder, preflight.nodes_of(judge))
         for node, reasons in bad.items():
             for reason in reasons:
-                click.echo(f"bad node {node}: {reason}", err=True)
+                click.echo(of_job(f"bad node {node}: {reason}"), err=True)
         if bad:
             click.echo(json.dumps(bad) if as_json else ",".join(bad))
         return 3 if bad else 0
@@ -251,11 +252,12 @@ def after_command(
     """What the job's script does next: prints one word, and the reason on standard error."""
     from llmscale.slurm.after import End, decide
     from llmscale.slurm.outcome import told
+    from llmscale.slurm.task import of_job
 
     outcome = told(folder / f"outcome_{job}_{start}.json")
     try:
         word, reason = decide(folder, End(job, start, code, state, outcome), checkpoints, restart, limit)
     except OSError as error:
         raise LlmscaleError(f"{folder}: the records cannot be written: {error.strerror}") from None
-    click.echo(f"llmscale: {reason}: {word}", err=True)
+    click.echo(of_job(f"{reason}: {word}"), err=True)
     click.echo(word)

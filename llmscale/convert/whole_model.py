@@ -11,7 +11,7 @@ import torch
 from llmscale.config.schema import Data, DataSource, Model, RunConfig, Training
 from llmscale.distributed import cpu
 from llmscale.distributed.groups import form_groups
-from llmscale.distributed.launch import Launch, device_of, leave, start
+from llmscale.distributed.launch import alone
 from llmscale.distributed.layout import Layout
 from llmscale.models.family import families
 from llmscale.models.init import copy_part
@@ -23,10 +23,7 @@ def open_model(
     model: Model, whole: Callable[[str], torch.Tensor], precision: Literal["bf16", "fp32"]
 ) -> Iterator[tuple[Stage, torch.device]]:
     """The model on this process's device, ready to run forward. whole: gives a weight by name, in its global shape."""
-    launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "single")
-    device = device_of(launch)
-    start(launch, device)
-    try:
+    with alone() as device:
         cpu.redirect()
         config = RunConfig(
             model=model,
@@ -39,5 +36,3 @@ def open_model(
                 for weight, parameter in stage.weights():
                     copy_part(parameter, whole(weight.name), weight, 0, 1)
             yield stage.eval(), device
-    finally:
-        leave()

@@ -10,7 +10,8 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait: longer than the slowest rank's start-up, data read or checkpoint write."""
+
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR",
+)  # fmt: skip
+"""What Launch.export may write."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,28 @@ def leave() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[torch.device]:
+    """A world of this process only, on its device, and no trace of it afterwards.
+
+    Whatever is called later in this process would take variables of a rank that stayed behind for a launcher's own:
+    accelerate, for one, would form the world again.
+    """
+    launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "single")
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    device = device_of(launch)
+    try:
+        start(launch, device)
+        yield device
+    finally:
+        leave()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def quiet_imports() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from llmscale.distributed.launch import Launch, device_of, leave, start
 from llmscale.errors import LlmscaleError, UsageError
+from llmscale.slurm.task import node_name
 from llmscale.versions import versions
 
 MOST_SKEW_SECONDS = 5.0
@@ -44,11 +45,6 @@ class Report:
     memory_gib: float = 0.0
     gpus: list[dict[str, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-
-
-def node_name() -> str:
-    """This node's, as Slurm calls it."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
 
 
 def look(folder: Path, gpus: int, check: str | None = None) -> Report:

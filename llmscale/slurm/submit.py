@@ -16,9 +16,10 @@ from llmscale.config.slurm import seconds_of
 from llmscale.distributed.layout import problems
 from llmscale.errors import ConfigError, LlmscaleError, Problem, UsageError
 from llmscale.slurm.after import newest_step
-from llmscale.slurm.commands import SlurmError, call
-from llmscale.slurm.records import SCRIPT, Submission, new_folder
+from llmscale.slurm.commands import SlurmError, call, queue
+from llmscale.slurm.records import SCRIPT, SUBMISSION, Submission, new_folder
 from llmscale.slurm.render import Job, job_name, render
+from llmscale.slurm.status import METRICS, newest_rows
 
 COMMANDS = {"evaluate": ("evaluate",), "convert": ("convert",), "data_build": ("data", "build"), "check": ()}
 """Kind of job -> the llmscale command that the words after CONFIG go to."""
@@ -82,6 +83,14 @@ def _problems(config: RunConfig, here: Path) -> list[Problem]:
     if 0 < seconds <= settings.signal_seconds:
         reason = f"{settings.time} is not longer than slurm.signal_seconds, {settings.signal_seconds}"
         found.append(Problem("slurm.time", reason, "raise it, or save faster"))
+    rows = newest_rows(here / config.run.output_dir / METRICS)
+    step = max((row.get("step_seconds") or 0.0 for row in rows), default=0.0)
+    save = max((row.get("checkpoint_seconds") or 0.0 for row in rows), default=0.0)
+    if step + save > settings.signal_seconds:
+        reason = (
+            f"{settings.signal_seconds}, and in {config.run.output_dir} a step took {step:.0f} s and a save {save:.0f}"
+        )
+        found.append(Problem("slurm.signal_seconds", reason, f"use at least {2 * (step + save):.0f}"))
     if config.checkpoint.resume == "never" and settings.restart != "never":
         reason = "never, and a job that is started again would begin anew"
         found.append(Problem("checkpoint.resume", reason, "use auto"))
@@ -133,6 +142,7 @@ def submit(job: Job, config: RunConfig | None) -> Submission:
     Raises:
         SlurmError: sbatch refuses it; with its own words.
     """
+    _alone(job)
     chain = job.settings.chain if job.kind == "pretrain" and job.settings.restart == "chain" else 1
     text = render(job)
     job.records.mkdir(parents=True)
@@ -160,6 +170,22 @@ def submit(job: Job, config: RunConfig | None) -> Submission:
         shutil.rmtree(job.records, ignore_errors=True)
         raise
     return record
+
+
+def _alone(job: Job) -> None:
+    """
+    Raises:
+        UsageError: another submission of the run directory waits or runs: both would write into it.
+    """
+    if job.kind != "pretrain":
+        return
+    for path in sorted(job.records.parent.glob(f"*/{SUBMISSION}")):
+        before = Submission.read(path.parent)
+        if alive := [queued.job for queued in queue(before.jobs) if not queued.over]:
+            raise UsageError(
+                f"run.output_dir {before.run}: job {', '.join(alive)} trains there, or waits to; cancel it first "
+                f"(llmscale slurm cancel {alive[0]}), or name another run.output_dir"
+            )
 
 
 def test_only(job: Job) -> str:

@@ -23,7 +23,7 @@ from llmscale.slurm.outcome import Outcome, tell
 def run(words: Sequence[str], logs: Path | None = None) -> int:
     """Run `llmscale WORDS`, and give its exit code; 128 + n where signal n ended it. logs: folder of a log a rank."""
     rank = os.environ.get("SLURM_PROCID") or os.environ.get("RANK", "0")
-    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
+    node = node_name()
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
@@ -59,6 +59,20 @@ def run(words: Sequence[str], logs: Path | None = None) -> int:
     return 128 - code
 
 
+def node_name() -> str:
+    """This node's, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
+
+
+def of_job(text: str) -> str:
+    """A line of the job's script itself, marked as those of the ranks are."""
+    return f"{_now()} {node_name()} job | {text}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
 class Marker:
     """Writes lines to standard output, and to a rank's own log, with their time, node and rank."""
 
@@ -67,7 +81,7 @@ class Marker:
 
     def __call__(self, line: bytes) -> None:
         """line: with its end; one without gets one."""
-        text = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self._place} | ".encode() + line.rstrip(b"\r\n") + b"\n"
+        text = f"{_now()} {self._place} | ".encode() + line.rstrip(b"\r\n") + b"\n"
         for file in (sys.stdout.buffer, self._own):
             if file is not None:
                 file.write(text)

@@ -26,8 +26,10 @@ class Job:
 
     def __init__(self, cluster: Cluster, folder: Path, tokens: Path, slurm: dict[str, Any], **more: Any) -> None:
         self.cluster, self.folder = cluster, folder
+        # As from within another run: its variables reach no process of a job.
         self.environment = {
             **os.environ, **cluster.environment, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder / "state"),
+            "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "5", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1",
         }  # fmt: skip
         config = {
             "run": {"name": "tiny", "output_dir": "run", "seed": 7},

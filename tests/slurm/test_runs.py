@@ -19,7 +19,7 @@ from tests.slurm.jobs import Job
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (node\d) (\d+|job) \| .*")
 
-SLURM = ("srun:", "slurmstepd", "llmscale:", "Job is pending", "Job step ")
+SLURM = ("srun:", "slurmstepd", "Job is pending", "Job step ")
 """How lines begin that Slurm writes itself."""
 
 
@@ -204,6 +204,8 @@ def test_what_was_cancelled_stays_cancelled(cluster: Cluster, tokens: Path, tmp_
     job = Job(cluster, tmp_path, tokens, {"tasks_per_node": 2}, training={"steps": 100_000})
     job.submit()
     job.until_step(5)
+    twice = job.llmscale("slurm", "submit", "run.yaml")
+    assert twice.returncode == 2 and f"job {job.number()} trains there, or waits to" in twice.stderr
     cluster.call("scancel", job.number())
     assert job.until_over() == "stop: the job was cancelled"
     assert job.state() == "CANCELLED"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
-from llmscale.distributed.launch import Launch, first_host
+import pytest
+import torch.distributed as dist
+
+from llmscale.distributed.launch import Launch, alone, first_host
 from llmscale.errors import UsageError
 
 TORCHRUN = {
@@ -130,3 +133,15 @@ def test_a_process_alone_picks_a_free_port() -> None:
     environment: dict[str, str] = {}
     Launch.from_environment({}).export(environment)
     assert int(environment["MASTER_PORT"]) > 1023
+
+
+def test_a_world_of_one_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(KeyError), alone() as device:
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+        assert (dist.get_world_size(), device.type in ("cpu", "cuda")) == (1, True)
+        raise KeyError
+    assert dict(os.environ) == before
+    assert not dist.is_initialized()

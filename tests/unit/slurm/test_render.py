@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,15 @@ def test_a_run_that_could_not_go_on_is_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"two checkpoints take"):
         plan("pretrain", write(here, {}), ["model.hidden_size=524288", "model.num_layers=800"])
     plan("pretrain", write(here, {"restart": "never"}, checkpoint={"interval": 0}), [])
+
+
+def test_a_run_that_is_known_to_save_too_slowly(here: Path) -> None:
+    (here / "runs" / "mine").mkdir(parents=True)
+    rows = [{"step": 1, "step_seconds": 20.0}, {"step": 2, "step_seconds": 10.0, "checkpoint_seconds": 290.0}]
+    (here / "runs" / "mine" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
+    with pytest.raises(ConfigError, match=r"signal_seconds: 300, and in runs/mine a step took 20 s and a save 290"):
+        plan("pretrain", write(here, {}), [])
+    plan("pretrain", write(here, {"signal_seconds": 620}), [])
 
 
 def test_a_template_of_ones_own(here: Path) -> None:
