@@ -30,8 +30,9 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python examples/demo.py
 
+# Three workers on CI's two cores: the tests of Slurm wait most of their time.
 test: install slurm
-	$(BIN)/python -m pytest tests --durations=10 -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest tests --durations=10 -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # A real Slurm for tests/slurm, on this machine's loopback. Where it may not be installed, these tests skip and say why.
 slurm:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import click
 
-from llmscale.errors import LlmscaleError, UsageError
+from llmscale.errors import ConfigError, LlmscaleError, UsageError
 
 KINDS = ("pretrain", "evaluate", "convert", "data_build", "check")
 _POLL_SECONDS = 1.0
@@ -44,16 +44,18 @@ def command() -> None:
 @click.option("--dry-run", is_flag=True, help="Check and print nothing but what is wrong.")
 @json_option
 def render_command(config: Path, words: tuple[str, ...], kind: str, array: int, dry_run: bool, as_json: bool) -> None:
-    """Print the job script that `submit` would submit.
+    """Print the job script that `submit` would submit, and as warnings for what reasons it would not.
 
     CONFIG: a run's config; for other templates also a file with the keys of its section `slurm` alone. What follows
     overrides keys, and is for other templates the command's arguments.
     """
     from llmscale.slurm.render import render
-    from llmscale.slurm.submit import plan
+    from llmscale.slurm.submit import foreseen, plan
 
-    job, _ = plan(kind, config, words, array)
+    job, run = plan(kind, config, words, array)
     text = render(job)
+    for problem in foreseen(run) if run else ():
+        click.echo(f"warning: {config}: {problem}", err=True)
     if as_json:
         click.echo(json.dumps({"script": text, "log": job.log, "records": str(job.records)}))
     elif not dry_run:
@@ -74,21 +76,23 @@ def submit_command(config: Path, words: tuple[str, ...], kind: str, array: int, 
     (slurm.restart). Other templates: --template evaluate, convert, data_build (an array) or check, with the arguments
     of that command after CONFIG.
     """
-    from llmscale.slurm.submit import plan, submit, test_only
+    from llmscale.slurm.submit import foreseen, plan, submit, test_only
 
     job, run = plan(kind, config, words, array)
+    if run and (found := foreseen(run)):
+        raise ConfigError(str(config), found)
     if dry_run:
         said = test_only(job)
         click.echo(json.dumps({"dry_run": True, "sbatch": said, "log": job.log}) if as_json else said)
         return
-    found = submit(job, run)
-    log = str(found.log_of(found.jobs[0]))
+    made = submit(job, run)
+    log = str(made.log_of(made.jobs[0]))
     if as_json:
-        click.echo(json.dumps({"jobs": found.jobs, "records": str(found.folder), "log": log, "run": str(found.run)}))
+        click.echo(json.dumps({"jobs": made.jobs, "records": str(made.folder), "log": log, "run": str(made.run)}))
         return
-    click.echo(f"job {', '.join(map(str, found.jobs))} submitted")
+    click.echo(f"job {', '.join(map(str, made.jobs))} submitted")
     click.echo(f"log: {log}")
-    click.echo(f"see: llmscale slurm status {found.jobs[0]}")
+    click.echo(f"see: llmscale slurm status {made.jobs[0]}")
 
 
 @command.command("status", epilog="Example: llmscale slurm status runs/mine")

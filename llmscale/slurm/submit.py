@@ -14,7 +14,7 @@ from llmscale.config.load import load, load_slurm
 from llmscale.config.schema import RunConfig
 from llmscale.config.slurm import seconds_of
 from llmscale.distributed.layout import problems
-from llmscale.errors import ConfigError, LlmscaleError, Problem, UsageError
+from llmscale.errors import LlmscaleError, Problem, UsageError
 from llmscale.slurm.after import newest_step
 from llmscale.slurm.commands import SlurmError, call, queue
 from llmscale.slurm.records import SCRIPT, SUBMISSION, Submission, new_folder
@@ -26,7 +26,7 @@ COMMANDS = {"evaluate": ("evaluate",), "convert": ("convert",), "data_build": ("
 
 
 def plan(kind: str, config: Path, words: Sequence[str], array: int = 0) -> tuple[Job, RunConfig | None]:
-    """What is to be submitted, checked. words: overrides of a run's config, or arguments of another command.
+    """What is to be submitted; its config is right. words: overrides of a run's config, or another command's arguments.
 
     Raises:
         ConfigError: with all that is wrong. UsageError: the command needs words, or an array.
@@ -53,8 +53,6 @@ def _plan_run(path: Path, overrides: Sequence[str], here: Path) -> tuple[Job, Ru
     # The sizes of the section decide how many ranks there are.
     size = load(path, overrides).slurm.world_size
     config = load(path, overrides, size, problems)
-    if found := _problems(config, here):
-        raise ConfigError(str(path), found)
     settings = config.slurm
     output = here / config.run.output_dir
     checkpoints = config.checkpoint.folder or "checkpoints"
@@ -73,9 +71,9 @@ def _plan_run(path: Path, overrides: Sequence[str], here: Path) -> tuple[Job, Ru
     return job, config
 
 
-def _problems(config: RunConfig, here: Path) -> list[Problem]:
+def foreseen(config: RunConfig) -> list[Problem]:
     """What of a run would go wrong on the cluster, as far as a login node can tell."""
-    settings, found = config.slurm, []
+    settings, found, here = config.slurm, [], Path.cwd()
     if settings.restart != "never" and not config.checkpoint.interval:
         reason = "0 saves nothing, and a job that is started again would begin anew"
         found.append(Problem("checkpoint.interval", reason, "set it, or slurm.restart to never"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_ports
 
 PRELOAD = ["tests.distributed.preload"]
 TIMEOUT_SECONDS = 240
@@ -40,7 +41,7 @@ def in_processes(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
+    port = free_ports()
     with tempfile.TemporaryDirectory(prefix="llmscale-") as folder:
         processes, pipes = [], []
         for rank in range(world_size):
@@ -116,12 +117,6 @@ def _child(
     sys.stderr.flush()
     pipe.send(answer)
     pipe.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(*arguments: str) -> None:

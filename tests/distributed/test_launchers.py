@@ -14,9 +14,10 @@ import yaml
 from tests.distributed.layouts import Case
 from tests.distributed.processes import command, in_processes
 from tests.distributed.test_matrix import run_config
+from tests.ports import free_ports
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmscale"]
-DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2", "--module", "llmscale"]
+DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "PORT", "--module", "llmscale"]
 
 
 def write(folder: Path, corpus: Path) -> Path:
@@ -43,8 +44,9 @@ def test_launcher_starts_the_run(launcher: list[str], corpus: Path, expected: li
     program = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{program}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["DS_ACCELERATOR"] = "cpu"
+    words = [str(free_ports()) if word == "PORT" else word for word in launcher]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "pretrain", str(path)],
+        [sys.executable, "-m", *words, "pretrain", str(path)],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

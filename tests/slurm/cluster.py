@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.ports import free_ports
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "unshare")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 LONGEST_FOLDER = 60
@@ -116,7 +118,7 @@ class Cluster:
         self._until(lambda: self.idle() == set(self.nodes), "the nodes")
 
     def _configure(self) -> None:
-        port, net = _free_ports(len(self.nodes) + 1), random.randint(1, 250)
+        port, net = free_ports(len(self.nodes) + 1), random.randint(1, 250)
         host = socket.gethostname().partition(".")[0]
         addresses = {node: f"127.{net}.0.{number + 1}" for number, node in enumerate(self.nodes)}
         etc = self.folder / "etc"
@@ -196,15 +198,3 @@ class Cluster:
                 logs = "\n".join(path.read_text(errors="replace")[-500:] for path in (self.folder / "log").iterdir())
                 raise AssertionError(f"{what} did not come up\n{logs}")
             time.sleep(0.02)
-
-
-def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that nothing listens on."""
-    while True:
-        first = random.randrange(12000, 19000)
-        for port in range(first, first + count):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-        else:
-            return first

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from llmscale.cli.main import main
 from llmscale.cli.slurm import command
 from llmscale.config.load import load, load_slurm
 from llmscale.config.slurm import seconds_of
 from llmscale.errors import ConfigError, UsageError
-from llmscale.slurm.submit import plan
+from llmscale.slurm.submit import foreseen, plan
 
 RUN: dict[str, Any] = {
     "run": {"name": "mine", "output_dir": "runs/mine"},
@@ -131,6 +132,14 @@ def test_no_value_of_an_option_holds_what_a_shell_reads(here: Path, key: str, va
         plan("pretrain", write(here, {key: value}), [])
 
 
+def checked(config: Path, overrides: list[str]) -> None:
+    """What `submit` does before it calls sbatch."""
+    _, run = plan("pretrain", config, overrides)
+    assert run is not None
+    if found := foreseen(run):
+        raise ConfigError(str(config), found)
+
+
 @pytest.mark.parametrize(
     ("slurm", "message"),
     [
@@ -151,19 +160,29 @@ def test_no_value_of_an_option_holds_what_a_shell_reads(here: Path, key: str, va
 )
 def test_what_cannot_run_is_refused_before_it_is_submitted(here: Path, slurm: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan("pretrain", write(here, slurm), ["parallel.tensor=8"] if "gpus_per_node" in slurm else [])
+        checked(write(here, slurm), ["parallel.tensor=8"] if "gpus_per_node" in slurm else [])
 
 
 def test_a_run_that_could_not_go_on_is_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint.interval: 0 saves nothing"):
-        plan("pretrain", write(here, {}, checkpoint={"interval": 0}), [])
+        checked(write(here, {}, checkpoint={"interval": 0}), [])
     with pytest.raises(ConfigError, match=r"checkpoint.resume: never"):
-        plan("pretrain", write(here, {}), ["checkpoint.resume=never"])
+        checked(write(here, {}), ["checkpoint.resume=never"])
     with pytest.raises(ConfigError, match=r"data.train\[0\].path: there is nothing at elsewhere"):
-        plan("pretrain", write(here, {}), ["data.train=[{path: elsewhere}]"])
+        checked(write(here, {}), ["data.train=[{path: elsewhere}]"])
     with pytest.raises(ConfigError, match=r"two checkpoints take"):
-        plan("pretrain", write(here, {}), ["model.hidden_size=524288", "model.num_layers=800"])
-    plan("pretrain", write(here, {"restart": "never"}, checkpoint={"interval": 0}), [])
+        checked(write(here, {}), ["model.hidden_size=524288", "model.num_layers=800"])
+    checked(write(here, {"restart": "never"}, checkpoint={"interval": 0}), [])
+
+
+def test_render_warns_of_what_submit_refuses(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(here, {}, checkpoint={"interval": 0})
+    for name, code in (("render", 0), ("submit", 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(["slurm", name, str(path)])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out.startswith("#!/bin/bash\n")) == (code, code == 0)
+        assert "checkpoint.interval: 0 saves nothing" in said.err
 
 
 def test_a_run_that_is_known_to_save_too_slowly(here: Path) -> None:
@@ -171,8 +190,8 @@ def test_a_run_that_is_known_to_save_too_slowly(here: Path) -> None:
     rows = [{"step": 1, "step_seconds": 20.0}, {"step": 2, "step_seconds": 10.0, "checkpoint_seconds": 290.0}]
     (here / "runs" / "mine" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
     with pytest.raises(ConfigError, match=r"signal_seconds: 300, and in runs/mine a step took 20 s and a save 290"):
-        plan("pretrain", write(here, {}), [])
-    plan("pretrain", write(here, {"signal_seconds": 620}), [])
+        checked(write(here, {}), [])
+    checked(write(here, {"signal_seconds": 620}), [])
 
 
 def test_a_template_of_ones_own(here: Path) -> None:
