@@ -73,14 +73,18 @@ def copied(source: Path, target: Path) -> dict[str, float]:
 
 def imported(source: Path, target: Path) -> dict[str, float]:
     from llmscale.convert.from_hf import from_hf
+    from llmscale.distributed.launch import huge_pages
 
+    huge_pages()  # as `llmscale convert` does
     return watched(lambda: from_hf(source, target))
 
 
 def exported(source: Path, target: Path) -> dict[str, float]:
     from llmscale.checkpoint.retention import open_checkpoint
     from llmscale.convert.to_hf import to_hf
+    from llmscale.distributed.launch import huge_pages
 
+    huge_pages()
     return watched(lambda: to_hf(open_checkpoint(source), target, verify=False, max_shard_bytes=SHARD_BYTES))
 
 

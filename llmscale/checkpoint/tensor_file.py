@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,14 @@ def write(
     tensors: Iterable[torch.Tensor],
     metadata: Mapping[str, str] | None = None,
     checksums: bool = True,
+    check: Callable[[str, torch.Tensor], object] = lambda name, tensor: None,
+    sync: Callable[[Path], object] | None = None,
 ) -> Written:
     """Write the tensors that the headers speak of, in their order; each is asked for while the one before is written.
+
+    check: called with each name and tensor before it is written, to raise where it must not be; not in the thread that
+    makes the tensors. sync: what brings the file to the disk, `synced` when None; one that hands it to a thread lets
+    the next file begin.
 
     The format: 8 bytes of header length, little-endian; a JSON header of names, types, shapes and offsets; the bytes.
     """
@@ -83,15 +89,25 @@ def write(
         for header, tensor in zip(headers, _ahead(tensors, pool), strict=True):
             if tensor.dtype != header.dtype or tuple(tensor.shape) != header.shape:
                 raise ValueError(f"{header.name}: {tensor.dtype} {list(tensor.shape)} given, {header} said")
+            check(header.name, tensor)
             raw = raw_bytes(tensor)
             if checksums:
                 crc32[header.name] = zlib.crc32(raw)
             for start in range(0, len(raw), _BLOCK):
                 file.write(raw[start : start + _BLOCK])
-        if not is_remote(path):
-            file.flush()
-            os.fsync(file.fileno())
+    (sync or synced)(path)
     return Written(len(head) + end, zlib.crc32(head), crc32)
+
+
+def synced(path: Path) -> None:
+    """Return when a file is on the disk."""
+    if is_remote(path):
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _ahead(tensors: Iterable[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:

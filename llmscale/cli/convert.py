@@ -65,9 +65,10 @@ def to_hf(
     """
     from llmscale.checkpoint.retention import open_checkpoint
     from llmscale.data.build import Progress
-    from llmscale.distributed.launch import quiet_imports
+    from llmscale.distributed.launch import huge_pages, quiet_imports
 
     quiet_imports()
+    huge_pages()
     from llmscale.convert.to_hf import to_hf as run
 
     found = open_checkpoint(checkpoint)
@@ -112,9 +113,10 @@ def from_hf(folder: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     OUTPUT gets a checkpoint with the weights, the tokenizer, and model.yaml, which a run's config names as its preset.
     """
     from llmscale.data.build import Progress
-    from llmscale.distributed.launch import quiet_imports
+    from llmscale.distributed.launch import huge_pages, quiet_imports
 
     quiet_imports()
+    huge_pages()
     from llmscale.convert.from_hf import from_hf as run
 
     with display("converting") as report:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from llmscale.checkpoint.format import Checkpoint
-from llmscale.checkpoint.tensor_file import Header, write
+from llmscale.checkpoint.tensor_file import Header, synced, write
 from llmscale.convert import card, parity
 from llmscale.convert.transforms import Pair, pairs, to_theirs
 from llmscale.data.tokenizer import Tokenizer
@@ -180,25 +181,34 @@ def _weights(
         nonlocal done
         for pair in shard:
             whole = checkpoint.whole(pair.weight.name, dtype=dtype)
-            if not all(map(torch.isfinite, whole.aminmax())):  # in one pass; a NaN is both of them
-                raise ConversionError(
-                    f"{pair.weight.name}: holds numbers that are not finite in this type; use an older checkpoint, or "
-                    "--dtype bf16 or fp32"
-                )
             yield from to_theirs(whole, pair.rule, checkpoint.model)
             done += pair.weight.numel * dtype.itemsize
             report(done, total)
 
     places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        headers = [
-            Header(tensor, dtype, shape)
-            for pair in shard
-            for tensor, shape in zip(pair.names, pair.shapes, strict=True)
-        ]
-        write(output / name, headers, tensors(shard), {"format": "pt"}, checksums=False)
-        places |= {header.name: name for header in headers}
+    with ThreadPoolExecutor(1) as pool:
+        coming: list[Future[None]] = []  # files on their way to the disk, while the next are written
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            headers = [
+                Header(tensor, dtype, shape)
+                for pair in shard
+                for tensor, shape in zip(pair.names, pair.shapes, strict=True)
+            ]
+            write(
+                output / name, headers, tensors(shard), {"format": "pt"}, checksums=False, check=_finite,
+                sync=lambda path: coming.append(pool.submit(synced, path)),
+            )  # fmt: skip
+            places |= {header.name: name for header in headers}
+        for one in coming:
+            one.result()
     if len(shards) > 1:
         _json(output / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     return total
+
+
+def _finite(name: str, tensor: torch.Tensor) -> None:
+    if not all(map(torch.isfinite, tensor.aminmax())):  # in one pass; a NaN is both of them
+        raise ConversionError(
+            f"{name}: holds numbers that are not finite in this type; use an older checkpoint, or --dtype bf16 or fp32"
+        )
