@@ -11,8 +11,10 @@ import math
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +68,13 @@ def write(
     check: Callable[[str, torch.Tensor], object] = lambda name, tensor: None,
     sync: Callable[[Path], object] | None = None,
 ) -> Written:
-    """Write the tensors that the headers speak of, in their order; each is asked for while the one before is written.
+    """Write the tensors that the headers speak of, in their order; the next are made while one is written.
+
+    Of tensors in the making, waiting or being written there are at most twice the bytes of the largest one.
 
     check: called with each name and tensor before it is written, to raise where it must not be; not in the thread that
-    makes the tensors. sync: what brings the file to the disk, `synced` when None; one that hands it to a thread lets
-    the next file begin.
+    makes the tensors. sync: what brings the file to the disk, `synced` when None; `synced_behind` lets the next
+    file begin.
 
     The format: 8 bytes of header length, little-endian; a JSON header of names, types, shapes and offsets; the bytes.
     """
@@ -86,7 +90,7 @@ def write(
     crc32 = {}
     with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(head)
-        for header, tensor in zip(headers, _ahead(tensors, pool), strict=True):
+        for header, tensor in _ahead(headers, tensors, pool):
             if tensor.dtype != header.dtype or tuple(tensor.shape) != header.shape:
                 raise ValueError(f"{header.name}: {tensor.dtype} {list(tensor.shape)} given, {header} said")
             check(header.name, tensor)
@@ -95,6 +99,7 @@ def write(
                 crc32[header.name] = zlib.crc32(raw)
             for start in range(0, len(raw), _BLOCK):
                 file.write(raw[start : start + _BLOCK])
+            del tensor, raw  # before there is a next one
     (sync or synced)(path)
     return Written(len(head) + end, zlib.crc32(head), crc32)
 
@@ -110,13 +115,37 @@ def synced(path: Path) -> None:
         os.close(file)
 
 
-def _ahead(tensors: Iterable[torch.Tensor], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
-    """The tensors, of which the next is made while one is in use."""
-    found = iter(tensors)
-    coming = pool.submit(next, found, None)
-    while (tensor := coming.result()) is not None:
-        coming = pool.submit(next, found, None)
-        yield tensor
+@contextmanager
+def synced_behind() -> Iterator[Callable[[Path], object]]:
+    """Gives a `sync` for `write` that works in a thread beside it; at the end all those files are on the disk."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: list[Future[None]] = []
+        yield lambda path: coming.append(pool.submit(synced, path))
+        for one in coming:
+            one.result()
+
+
+def _ahead(
+    headers: Sequence[Header], tensors: Iterable[torch.Tensor], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Header, torch.Tensor]]:
+    """Each header with its tensor. The pool's one thread makes them, as far ahead as memory allows: a large one after
+    small ones would otherwise be waited for."""
+    found, most = iter(tensors), 2 * max((header.bytes for header in headers), default=0)
+    coming: deque[Future[torch.Tensor | None]] = deque()
+    held = begun = 0
+    for header in headers:
+        while begun < len(headers) and held + headers[begun].bytes <= most:
+            coming.append(pool.submit(next, found, None))
+            held += headers[begun].bytes
+            begun += 1
+        tensor = coming.popleft().result()
+        if tensor is None:
+            raise ValueError(f"{header.name}: no tensor given")
+        yield header, tensor
+        del tensor
+        held -= header.bytes
+    if next(found, None) is not None:
+        raise ValueError("more tensors given than headers")
 
 
 def _entry(found: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:

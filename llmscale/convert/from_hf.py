@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from llmscale.checkpoint.format import FORMAT, WEIGHT, Entry
 from llmscale.checkpoint.save import step_name, write_records
-from llmscale.checkpoint.tensor_file import Header, Reader, write
+from llmscale.checkpoint.tensor_file import Header, Reader, synced_behind, write
 from llmscale.config import yaml_text
 from llmscale.config.schema import Model
 from llmscale.convert.to_hf import SHARD_BYTES, TOKENIZER_FILES
@@ -237,18 +237,19 @@ def _write(
             done += pair.weight.numel
             report(done, total)
 
-    for number, part in enumerate(_files(found, source), 1):
-        file = f"weights_{number:05d}.safetensors"
-        headers = []
-        for pair, names in part:
-            numel = math.prod(local_shape(pair.weight, 1))
-            key = Entry(file, 0, 1, 0, numel, {}).key(WEIGHT, pair.weight.name)
-            headers.append(Header(key, source.about(names[0])[0], (numel,)))
-        done_file = write(step / file, headers, tensors(part))
-        files[file] = {"bytes": done_file.bytes, "head_crc32": done_file.head_crc32}
-        for (pair, _), header in zip(part, headers, strict=True):
-            entry = Entry(file, 0, 1, 0, header.shape[0], {WEIGHT: done_file.crc32[header.name]})
-            index[pair.weight.name] = [asdict(entry)]
+    with synced_behind() as sync:
+        for number, part in enumerate(_files(found, source), 1):
+            file = f"weights_{number:05d}.safetensors"
+            headers = []
+            for pair, names in part:
+                numel = math.prod(local_shape(pair.weight, 1))
+                key = Entry(file, 0, 1, 0, numel, {}).key(WEIGHT, pair.weight.name)
+                headers.append(Header(key, source.about(names[0])[0], (numel,)))
+            done_file = write(step / file, headers, tensors(part), sync=sync)
+            files[file] = {"bytes": done_file.bytes, "head_crc32": done_file.head_crc32}
+            for (pair, _), header in zip(part, headers, strict=True):
+                entry = Entry(file, 0, 1, 0, header.shape[0], {WEIGHT: done_file.crc32[header.name]})
+                index[pair.weight.name] = [asdict(entry)]
     kinds = {source.about(names[0])[0] for _, names in found}
     manifest = {
         "format": FORMAT,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from llmscale.checkpoint.format import Checkpoint
-from llmscale.checkpoint.tensor_file import Header, synced, write
+from llmscale.checkpoint.tensor_file import Header, synced_behind, write
 from llmscale.convert import card, parity
 from llmscale.convert.transforms import Pair, pairs, to_theirs
 from llmscale.data.tokenizer import Tokenizer
@@ -186,8 +185,7 @@ def _weights(
             report(done, total)
 
     places: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as pool:
-        coming: list[Future[None]] = []  # files on their way to the disk, while the next are written
+    with synced_behind() as sync:
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             headers = [
@@ -195,13 +193,9 @@ def _weights(
                 for pair in shard
                 for tensor, shape in zip(pair.names, pair.shapes, strict=True)
             ]
-            write(
-                output / name, headers, tensors(shard), {"format": "pt"}, checksums=False, check=_finite,
-                sync=lambda path: coming.append(pool.submit(synced, path)),
-            )  # fmt: skip
+            content = tensors(shard)
+            write(output / name, headers, content, {"format": "pt"}, checksums=False, check=_finite, sync=sync)
             places |= {header.name: name for header in headers}
-        for one in coming:
-            one.result()
     if len(shards) > 1:
         _json(output / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     return total
