@@ -4,9 +4,9 @@
 
 A Llama of random bf16 weights (by default 24 layers of Llama 7B's shape but for the width of 2,048, 1.5 G parameters;
 --layers 32 --hidden-size 4096 is Llama 7B, for which the disk needs 41 GB) goes from-hf, and then to-hf without its
-proof, in turns with a copy of the model's files by 4 MiB; each has its own process, and ends with fsync; the order
-rotates, for a disk may be fast for a while. Memory is what the process holds at most beyond what it held before
-(anonymous pages). Prints medians as JSON, and writes them to
+proof, in turns with a copy of the model's files by 4 MiB. Each has its own process, reads from the disk what it reads,
+and ends with fsync; the order rotates, for a disk may be fast for a while. Memory is what the process holds at most
+beyond what it held before (anonymous pages). Prints medians as JSON, and writes them to
 benchmarks/results/convert-<date>.json.
 """
 
@@ -98,6 +98,14 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(writer.fileno())
 
 
+def forget(folder: Path) -> None:
+    """Have the files read from the disk: else the source of two jobs in turn would be in the page cache for one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def watched(run: Any) -> dict[str, float]:
     """Seconds, and MiB of anonymous memory at most beyond what there was."""
     before, most, ended = anonymous_mib(), 0.0, threading.Event()
@@ -140,6 +148,7 @@ def main() -> None:
         for number in range(options.rounds):
             turn = number % len(jobs)
             for kind, job, source in jobs[turn:] + jobs[:turn]:
+                forget(folder / source)
                 with ProcessPoolExecutor(1, mp_context=context) as pool:
                     figures[kind].append(pool.submit(job, folder / source, folder / kind).result())
                 shutil.rmtree(folder / kind)
