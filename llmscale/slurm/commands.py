@@ -32,7 +32,8 @@ def call(*words: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: no answer in 120 s; is Slurm's controller down? (scontrol ping)") from None
     if done.returncode:
-        said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        lines = [line.strip().removeprefix(f"{words[0]}: error: ") for line in done.stderr.splitlines()]
+        said = "; ".join(line for line in lines if line)
         raise SlurmError(f"{words[0]}: {said or f'exit code {done.returncode}'}")
     return done.stdout
 

@@ -23,6 +23,9 @@ from llmscale.slurm.status import METRICS, newest_rows
 
 COMMANDS = {"evaluate": ("evaluate",), "convert": ("convert",), "data_build": ("data", "build"), "check": ()}
 """Kind of job -> the llmscale command that the words after CONFIG go to."""
+_REFUSED = (
+    "mend the section slurm of the config; `sinfo` lists partitions and nodes, `scontrol ping` asks the controller"
+)
 
 
 def plan(kind: str, config: Path, words: Sequence[str], array: int = 0) -> tuple[Job, RunConfig | None]:
@@ -159,7 +162,11 @@ def submit(job: Job, config: RunConfig | None) -> Submission:
             step=newest_step(job.checkpoints) if config else None,
         )
         for _ in range(chain):
-            submitted.append(int(call("sbatch", "--parsable", str(script)).strip().partition(";")[0]))
+            try:
+                said = call("sbatch", "--parsable", str(script))
+            except SlurmError as error:
+                raise SlurmError(f"{error}; {_REFUSED}") from None
+            submitted.append(int(said.strip().partition(";")[0]))
         record = record.with_jobs(tuple(submitted))
         record.write()
     except (LlmscaleError, OSError, ValueError):
@@ -203,5 +210,5 @@ def test_only(job: Job) -> str:
             raise UsageError("sbatch: not found; run this on a login node of the cluster") from None
     said = " ".join(line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip())
     if done.returncode:
-        raise SlurmError(said)
+        raise SlurmError(f"{said}; {_REFUSED}")
     return said.removeprefix("sbatch: ")
