@@ -146,13 +146,27 @@ def _nearest_multiple(of: int, wanted: int, limit: int | None = None) -> str:
 
 def _legal_tensor(f: Facts) -> str:
     """The tensor-parallel sizes that cut the model evenly and, where there are such, fill the ranks."""
-    sizes = _divisors(f.model.num_attention_heads) & _divisors(f.model.query_groups)
+    sizes = {
+        size
+        for size in _divisors(f.model.num_attention_heads)
+        if not _groups_do_not_fit(f.model.query_groups, size) and _qkv_width(f) % size == 0
+    }
     if f.ffn is not None:
         sizes &= _divisors(f.ffn)
     if f.world_size is not None:
         filling = {size for size in sizes if f.world_size % (size * f.parallel.pipeline) == 0}
         sizes = filling or sizes
     return f"use {_nearest(sizes, f.parallel.tensor)}"
+
+
+def _groups_do_not_fit(groups: int, tensor: int) -> bool:
+    """Whether ranks would hold neither whole key/value heads nor equal parts of the queries of one."""
+    return groups % tensor > 0 and tensor % groups > 0
+
+
+def _qkv_width(f: Facts) -> int:
+    """Rows of the query, key and value projection."""
+    return (f.model.num_attention_heads + 2 * f.model.query_groups) * f.model.head_size
 
 
 def _rotary(f: Facts) -> bool | None:
@@ -257,9 +271,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "parallel.tensor",
-        "divides num_query_groups: a key/value head is not copied",
-        lambda f: f.model.query_groups % f.parallel.tensor > 0 and f.model.num_attention_heads % f.parallel.tensor == 0,
+        "divides num_query_groups, or is a multiple of it: ranks then share a key/value head",
+        lambda f: (
+            f.model.num_attention_heads % f.parallel.tensor == 0
+            and _groups_do_not_fit(f.model.query_groups, f.parallel.tensor)
+        ),
         lambda f: f"{f.model.query_groups} query groups cannot be shared by {f.parallel.tensor} ranks",
+        _legal_tensor,
+    ),
+    Rule(
+        "parallel.tensor",
+        "divides (num_attention_heads + 2 × num_query_groups) × head_dim, the rows of the query, key and value matrix",
+        lambda f: (
+            f.model.num_attention_heads % f.parallel.tensor == 0
+            and not _groups_do_not_fit(f.model.query_groups, f.parallel.tensor)
+            and _qkv_width(f) % f.parallel.tensor > 0
+        ),
+        lambda f: f"{_qkv_width(f)} rows of query, key and value cannot be shared by {f.parallel.tensor} ranks",
         _legal_tensor,
     ),
     Rule(

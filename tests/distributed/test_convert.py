@@ -35,6 +35,28 @@ def test_from_two_by_two_through_the_other_format_to_four_stages(corpus: Path, t
         assert torch.equal(again.whole(name), trained.whole(name)), name
 
 
+def test_a_model_of_two_key_value_heads_on_four_tensor_parallel_ranks(corpus: Path, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    keys = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12,
+        "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": SEQUENCE, "bos_token_id": 0,
+    }  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**keys, eos_token_id=0))
+    model.save_pretrained(tmp_path / "theirs")
+    found = from_hf(tmp_path / "theirs", tmp_path / "imported")
+    case = Case(4, True, 1, 1, 1, zero=1)
+    config = run_config(case, corpus, tmp_path / "run", "fp32")
+    config["model"] = {"preset": str(found.output / "model.yaml")}
+    config["training"]["steps"] = config["schedule"]["warmup_steps"] = 0
+    config["checkpoint"] = {"interval": 1, "start_from": str(found.output)}
+    _, saved = train(config, case.world_size, tmp_path)
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    export = to_hf(saved, tmp_path / "export")
+    assert export.parity is not None and export.parity.equal
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_a_run_begins_with_the_loss_of_the_imported_model_and_resumes_its_own(corpus: Path, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

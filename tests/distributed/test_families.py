@@ -34,6 +34,11 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
     (Case(2, False, 1, 1, 1, zero=2, family="qwen3"), {"num_query_groups": 2, "head_dim": 12}),
     (Case(2, True, 2, 1, 1, zero=1, family="qwen3", tied=True), {"num_query_groups": 2}),
     (Case(1, False, 2, 2, 1, zero=3, family="qwen3"), {"num_query_groups": 1}),
+    # Fewer key/value heads than tensor-parallel ranks, which then share them: with norms, with biases, in each way.
+    (Case(2, True, 1, 1, 2, zero=2, family="qwen3"), {"num_query_groups": 1}),
+    (Case(4, False, 1, 1, 1, zero=3, family="qwen2"), {"num_query_groups": 2}),
+    (Case(4, True, 1, 1, 1, zero=1, family="llama", recompute="full"), {"num_query_groups": 1, "head_dim": 12}),
+    (Case(2, False, 2, 1, 1, zero=1, family="gemma", tied=True), {"num_query_groups": 1}),
     (Case(2, True, 2, 1, 1, zero=2, family="gemma", tied=True), {"num_query_groups": 2, "head_dim": 12}),
     (Case(1, False, 1, 1, 2, zero=3, family="gemma"), {"num_query_groups": 1}),
     (Case(2, True, 1, 1, 1, zero=1, family="gpt_neox", mask=True), {"rotary_fraction": 0.25}),

@@ -103,11 +103,17 @@ ROWS: dict[str, tuple[dict[str, Any], int | None, str, list[tuple[dict[str, Any]
         "parallel.tensor: 12 attention heads cannot be shared by 8 ranks; use 6 or 12",
         [({"parallel.tensor": 6}, 24), ({"parallel.tensor": 12}, 24)],
     ),
-    "divides num_query_groups: a key/value head is not copied": (
+    "divides num_query_groups, or is a multiple of it: ranks then share a key/value head": (
         {"parallel.tensor": 4, "model.num_query_groups": 6},
         24,
         "parallel.tensor: 6 query groups cannot be shared by 4 ranks; use 3 or 6",
-        [({"parallel.tensor": 3}, 24), ({"parallel.tensor": 6}, 24)],
+        [({"parallel.tensor": 3}, 24), ({"parallel.tensor": 6}, 24), ({"model.num_query_groups": 2}, 24)],
+    ),
+    "divides (num_attention_heads + 2 × num_query_groups) × head_dim, the rows of the query, key and value matrix": (
+        {"parallel.tensor": 12, "model.num_query_groups": 1, "model.head_dim": 8},
+        24,
+        "parallel.tensor: 112 rows of query, key and value cannot be shared by 12 ranks; use 4",
+        [({"parallel.tensor": 4}, 24), ({"model.num_query_groups": 3}, 24)],
     ),
     "divides ffn_hidden_size": (
         {"parallel.tensor": 4, "model.ffn_hidden_size": 90},
