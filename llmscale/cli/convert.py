@@ -61,7 +61,8 @@ def to_hf(
     """Write CHECKPOINT, a step's folder or a run directory for its newest, so that transformers loads it.
 
     The export is then loaded by transformers, and its logits are compared with those of the checkpoint. That takes
-    4 bytes a parameter; where they differ by more than the tolerance the export is marked failed, and the exit code 1.
+    4 bytes a parameter, or longer where there is less memory; where they differ by more than the tolerance the export
+    is marked failed, and the exit code 1.
     """
     from llmscale.checkpoint.retention import open_checkpoint
     from llmscale.data.build import Progress

@@ -26,7 +26,7 @@ def command(config: Path, overrides: tuple[str, ...]) -> int:
     stop.listen()
     from llmscale.config.load import load
     from llmscale.distributed.launch import Launch, quiet_imports
-    from llmscale.distributed.layout import problems
+    from llmscale.distributed.rules import problems
 
     try:
         launch = Launch.from_environment()

@@ -1,7 +1,7 @@
 """The run's config as types: every key, its default, its range and what it means.
 
 One frozen model a section. The descriptions below are the config reference: `docs/config.md` is generated from them.
-Rules that tie several sections together stand elsewhere: sizes and layouts in `distributed/layout.py`,
+Rules that tie several sections together stand elsewhere: sizes and layouts in `distributed/rules.py`,
 values that follow from others in `derive.py`, DeepSpeed's file in `deepspeed.py`.
 """
 

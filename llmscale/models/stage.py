@@ -168,8 +168,11 @@ class Stage(MegatronModule):
         return f"{head}{prefix}{self.layers[int(local)]}.{tail}"
 
 
-def build_stages(model: Model, family: Family, training: Training, groups: Groups, seed: int) -> list[Stage]:
-    """This rank's stages (one, or virtual_pipeline chunks), with initial weights. model.vocab_size must be set."""
+def build_stages(model: Model, family: Family, training: Training, groups: Groups, seed: int | None) -> list[Stage]:
+    """This rank's stages (one, or virtual_pipeline chunks), with initial weights. model.vocab_size must be set.
+
+    seed: of the initial weights; None leaves them as memory was, which a CPU does not hold before it is written to.
+    """
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: it must be settled from the data before the model is built")
     config = transformer_config(model, family, training, groups.layout)
@@ -180,5 +183,6 @@ def build_stages(model: Model, family: Family, training: Training, groups: Group
     for stage in stages:
         # Megatron leaves a few parts in torch's default type and on the CPU: the learned positions.
         stage.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
-        initialize(stage.weights(), model, seed, groups.position.tensor, groups.layout.tensor)
+        if seed is not None:
+            initialize(stage.weights(), model, seed, groups.position.tensor, groups.layout.tensor)
     return stages

@@ -13,7 +13,7 @@ from pathlib import Path
 from llmscale.config.load import load, load_slurm
 from llmscale.config.schema import RunConfig
 from llmscale.config.slurm import seconds_of
-from llmscale.distributed.layout import problems
+from llmscale.distributed.rules import problems
 from llmscale.errors import LlmscaleError, Problem, UsageError
 from llmscale.slurm.after import newest_step
 from llmscale.slurm.commands import SlurmError, call, queue

@@ -9,7 +9,7 @@ import pytest
 
 from llmscale.config import reference
 from llmscale.config.schema import Model, RunConfig
-from llmscale.distributed import layout
+from llmscale.distributed import rules
 from llmscale.models.family import families
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def config_page() -> str:
 
 def layouts_page() -> str:
     """The page as it is, with the table of rules as it should be."""
-    return RULES.sub(lambda _: f"\n{layout.table()}\n", (ROOT / "docs/layouts.md").read_text(encoding="utf-8"))
+    return RULES.sub(lambda _: f"\n{rules.table()}\n", (ROOT / "docs/layouts.md").read_text(encoding="utf-8"))
 
 
 PAGES = {"docs/config.md": config_page, "docs/layouts.md": layouts_page}
@@ -48,7 +48,7 @@ def test_every_key_stands_in_the_config_page() -> None:
 
 def test_the_table_of_rules_is_in_its_page() -> None:
     assert len(RULES.findall((ROOT / "docs/layouts.md").read_text(encoding="utf-8"))) == 1
-    assert layout.table().count("\n") == len(layout.RULES) + 2
+    assert rules.table().count("\n") == len(rules.RULES) + 2
 
 
 @pytest.mark.parametrize(

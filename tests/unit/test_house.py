@@ -42,6 +42,7 @@ MATRIX = {
 
 PARTS = {
     "llmscale.distributed.layout": "layout",
+    "llmscale.distributed.rules": "layout",
     "llmscale.models.family": "family",
     "llmscale.models.families": "family",
     "llmscale.models.hugging_face": "family",
@@ -66,8 +67,8 @@ ALONE = {
 }
 """What of the stack is imported in a few files alone."""
 
-NO_TORCH = ("llmscale.errors", "llmscale.config", "llmscale.distributed.layout", "llmscale.distributed.launch",
-            "llmscale.models.family", "llmscale.models.families",
+NO_TORCH = ("llmscale.errors", "llmscale.config", "llmscale.distributed.layout", "llmscale.distributed.rules",
+            "llmscale.distributed.launch", "llmscale.models.family", "llmscale.models.families",
             "llmscale.models.hugging_face", "llmscale.models.llama_like", "llmscale.versions",
             "llmscale.planning", "llmscale.slurm",
             "llmscale.data", "llmscale.cli", "llmscale.training.flops")  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 
 from llmscale.config import deepspeed, shipped
 from llmscale.config.load import load, preset_names
-from llmscale.distributed.layout import Layout, problems
+from llmscale.distributed.layout import Layout
+from llmscale.distributed.rules import problems
 from llmscale.errors import ConfigError
 from llmscale.slurm.render import TEMPLATES
 

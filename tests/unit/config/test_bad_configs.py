@@ -12,7 +12,7 @@ import yaml
 
 from llmscale.cli.main import main
 from llmscale.config.load import load
-from llmscale.distributed.layout import problems
+from llmscale.distributed.rules import problems
 from llmscale.errors import ConfigError
 from llmscale.models.family import families
 

@@ -9,7 +9,7 @@ import pytest
 from llmscale.config import deepspeed, shipped
 from llmscale.config.load import load, preset, preset_names
 from llmscale.config.schema import Model
-from llmscale.distributed.layout import problems
+from llmscale.distributed.rules import problems
 from llmscale.models.family import families
 
 PUBLISHED = {

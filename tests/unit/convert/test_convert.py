@@ -132,6 +132,18 @@ def test_the_proof_finds_a_wrong_weight_and_a_wrong_key(llama: Path, tmp_path: P
         assert not found.equal and found.difference > 1e-3
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_proof_is_the_same_where_memory_holds_one_layer(case: str, tmp_path: Path) -> None:
+    save_random(CASES[case](), tmp_path / "theirs", torch.bfloat16, "40KB")
+    checkpoint = Checkpoint(from_hf(tmp_path / "theirs", tmp_path / "ours").checkpoint)
+    to_hf(checkpoint, tmp_path / "out", verify=False, max_shard_bytes=40_000)
+    by_layer = parity.compare(checkpoint, tmp_path / "out", torch.bfloat16, most_bytes=1)
+    assert by_layer.equal and by_layer == parity.compare(checkpoint, tmp_path / "out", torch.bfloat16)
+    (first,) = [path for path in (tmp_path / "out").glob("model-00002-*.safetensors")]
+    save_file({name: tensor * 1.5 for name, tensor in load_file(first).items()}, first, {"format": "pt"})
+    assert not parity.compare(checkpoint, tmp_path / "out", torch.bfloat16, most_bytes=1).equal
+
+
 def _swap_heads(folder: Path) -> None:
     found = tensors(folder)
     name = "model.layers.1.self_attn.q_proj.weight"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llmscale.config.derive import padded_vocab_size, stage_layers
 from llmscale.config.schema import Data, DataSource, Model, Parallel, RunConfig, Training
-from llmscale.distributed.layout import RULES, Layout, problems
+from llmscale.distributed.layout import Layout
+from llmscale.distributed.rules import RULES, problems
 from llmscale.errors import Problem
 
 GOOD: dict[str, Any] = {
