@@ -25,6 +25,7 @@ tokenising; the sequences are the same.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,7 +84,7 @@ class TextSource:
         self.vocab_size = card.vocab_size
         self.end_of_document = card.end_of_document
         self.dtype = np.dtype(card.dtype)
-        self.fingerprint = card.index_sha256
+        self.fingerprint = _fingerprint(split)
         self.remote = split.remote
         self.sequences = None
         self.folder, self.sequence_length = split.folder, sequence_length
@@ -309,6 +310,17 @@ class _Track:
         if number not in self._windows:
             self._windows[number] = _Window(self._source, self._stream, number)
         return self._windows[number]
+
+
+def _fingerprint(split: TextSplit) -> str:
+    """Of all that decides which tokens come in which order. Where the shards lie does not: they may move."""
+    card = split.card
+    found = hashlib.sha256(
+        f"{card.tokenizer_sha256} {card.end_of_document} {card.streams} {card.text_key!r}\n".encode()
+    )
+    for _, piece in split.pieces:
+        found.update(b"%d %d\n" % (piece.bytes, piece.checksum))
+    return found.hexdigest()
 
 
 def _tokenizer(split: TextSplit) -> Tokenizer:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.cli.data import command
-from llmscale.data import text_shards
+from llmscale.data import text_shards, tokenizer
 from llmscale.data.loader import Loader
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
@@ -255,6 +255,50 @@ def test_text_and_token_shards_mix(described: Described, corpus: Path, tokenizer
     alone = [Stream([source], 32, seed=2) for source in reversed(sources)]
     for row, number, ordinal in zip(again.read(range(80, 120)), numbers.tolist(), ordinals.tolist(), strict=True):
         assert np.array_equal(row, alone[number].read([ordinal])[0])
+
+
+def test_shards_that_moved_and_were_described_again_go_on(
+    described: Described, shards: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    stream = Stream([(str(described()), 1.0)], 16, seed=1)
+    reference = stream.read(range(130))
+    state = stream.state(100)
+    elsewhere = Path(shutil.copytree(shards, tmp_path / "far" / "away"))
+    describe([str(elsewhere)], tokenizer_json, tmp_path / "far" / "text", streams=4)
+    moved = Stream([(str(tmp_path / "far" / "text"), 1.0)], 16, seed=1)
+    assert moved.resume(state) == []
+    assert np.array_equal(moved.read(range(100, 130)), reference[100:])
+    stream.close()
+    moved.close()
+
+
+@pytest.mark.parametrize("change", ["streams", "tokenizer", "text key", "end of document", "a shard"])
+def test_what_is_read_otherwise_is_another_source_and_begins_anew(change: str, shards: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(shards, tmp_path / "source"))
+    for path in source.iterdir():  # .txt alone, which any text key leaves as it is
+        write_shard(path, [(f"{path.stem}-{number}.txt", text_of(number).encode()) for number in range(40)])
+    texts = [text_of(number) for number in range(40)]
+    tokenizers = [tmp_path / f"{size}.json" for size in (300, 320)]
+    for size, path in zip((300, 320), tokenizers, strict=True):
+        tokenizer.write(tokenizer.train(texts, size, ("<|end|>", "<|stop|>")), path)
+    folder, inputs = tmp_path / "text", [str(source / "*.tar")]
+    describe(inputs, tokenizers[0], folder, streams=4, end_of_document="<|end|>")
+    stream = Stream([(str(folder), 1.0)], 16, seed=1)
+    stream.read(range(100))
+    state = stream.state(100)
+    stream.close()
+    if change == "a shard":
+        write_shard(source / "part-2.tar", [("1.txt", text_of(7).encode())])
+    describe(
+        inputs, tokenizers[change == "tokenizer"], folder,
+        streams=3 if change == "streams" else 4,
+        text_key="other" if change == "text key" else "text",
+        end_of_document="<|stop|>" if change == "end of document" else "<|end|>",
+    )  # fmt: skip
+    other = Stream([(str(folder), 1.0)], 16, seed=1)
+    assert other.resume(state) == [f"{folder} has changed: it begins at its first sequence"]
+    assert other.counts(100) == (0,)
+    other.close()
 
 
 def test_the_state_does_not_grow_with_the_data(described: Described) -> None:
