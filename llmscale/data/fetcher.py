@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 
 from llmscale.errors import DataError
 
-_CLOSED = "the stream was closed while it was read"
+CLOSED = "the stream was closed while it was read"
 
 
 class Fetcher:
@@ -51,7 +51,7 @@ class Fetcher:
         self._start()
         with self._change:
             if self._closed:
-                raise DataError(_CLOSED)
+                raise DataError(CLOSED)
             for unit in units:
                 if unit not in self._futures:
                     self._futures[unit] = Future()
@@ -64,7 +64,7 @@ class Fetcher:
         try:
             found = {unit: future.exception() for unit, future in waited.items()}
         except CancelledError:
-            raise DataError(_CLOSED) from None
+            raise DataError(CLOSED) from None
         return {unit: error for unit, error in found.items() if error is not None}
 
     def seen(self, units: Iterable[int]) -> None:

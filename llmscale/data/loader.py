@@ -7,6 +7,7 @@
     with Loader(stream, batch_size=256, rank=rank, world_size=world_size) as batches:
         for tokens, labels in batches:
             ...
+    stream.close()
 
 To stop and go on: keep `batches.state()` with the checkpoint, and later call `stream.resume(state)` and give the
 Loader `position=state["position"]`, with any other batch_size and world_size.
@@ -103,7 +104,7 @@ class Loader(Iterator[T], Generic[T]):
         return self._stream.state(self.position)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, at once where the stream was closed before; else it is given a few seconds."""
         self._ready.close()
 
     def _produce(self, first: int) -> Iterator[T]:

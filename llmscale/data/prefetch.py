@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+CLOSE_SECONDS = 5.0
 
 
 class Prefetch(Iterator[T], Generic[T]):
@@ -45,13 +46,16 @@ class Prefetch(Iterator[T], Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread: it stops after the item in hand, and closes the producer. May be called twice."""
+        """End the thread: it stops after the item in hand, and closes the producer. May be called twice.
+
+        An item that takes longer than CLOSE_SECONDS is left to the thread, which ends with the process at the latest.
+        """
         with self._change:
             self._closed = True
             self._ready.clear()
             self._error = None
             self._change.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self, produce: Iterator[T]) -> None:
         try:

@@ -10,7 +10,6 @@ at the end.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +65,11 @@ class Stream:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
         self._reading = reading or Reading()
-        cache = functools.cache(lambda: Cache(self._reading.cache, self._reading.cache_bytes))
+        self._cache: Cache | None = None
         limit = max(8, _OPEN_SHARDS // len(sources))
-        self._sources = [open_source(path, sequence_length, seed, limit, cache, self._reading) for path in self._paths]
+        self._sources = [
+            open_source(path, sequence_length, seed, limit, self._open_cache, self._reading) for path in self._paths
+        ]
         first = self._sources[0]
         for path, source in zip(self._paths, self._sources, strict=True):
             if source.tokenizer_sha256 != first.tokenizer_sha256:
@@ -88,6 +89,12 @@ class Stream:
         self.vocab_size = max(source.vocab_size for source in self._sources)
         self.end_of_document = first.end_of_document
         self.tokenizer = first.tokenizer
+
+    def _open_cache(self) -> Cache:
+        """Of the node, which all sources share; opened by the first that needs it."""
+        if self._cache is None:
+            self._cache = Cache(self._reading.cache, self._reading.cache_bytes)
+        return self._cache
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:
         """The sequences at these positions (0 and up), [len(positions), sequence_length + 1].
@@ -218,7 +225,9 @@ class Stream:
         return {**total, **fetched}
 
     def close(self) -> None:
-        """Let go of what the sources hold."""
+        """Let go of what the sources hold; a read that waits for a store ends with a DataError."""
+        if self._cache is not None:
+            self._cache.close()
         for source in self._sources:
             source.close()
 

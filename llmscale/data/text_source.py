@@ -28,7 +28,7 @@ import bisect
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.data import documents
+from llmscale.data.fetcher import CLOSED
 from llmscale.data.order import mix, permute
 from llmscale.data.quarantine import Broken, OnError, Quarantine
 from llmscale.data.shards import Tokens
@@ -94,14 +95,20 @@ class TextSource:
         self._readers = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="read")
         self._tracks = [_Track(self, number) for number in range(card.streams)]
         self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self._closed = False
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals into rows of out."""
         steps, streams = np.divmod(ordinals, len(self._tracks))
-        # All streams' windows are under way before the first is waited for.
-        self.look_ahead(ordinals)
-        for index in np.lexsort((steps, streams)).tolist():
-            self._tracks[streams[index]].read(int(steps[index]), out[rows[index]])
+        try:
+            # All streams' windows are under way before the first is waited for.
+            self.look_ahead(ordinals)
+            for index in np.lexsort((steps, streams)).tolist():
+                self._tracks[streams[index]].read(int(steps[index]), out[rows[index]])
+        except (CancelledError, RuntimeError):
+            if self._closed:
+                raise DataError(CLOSED) from None
+            raise
 
     def look_ahead(self, ordinals: Integers) -> None:
         """Begin to tokenise what these sequences need; returns at once."""
@@ -131,7 +138,8 @@ class TextSource:
         return {**fetching, "skipped_samples": len(self._quarantine)}
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; a read that waits for a store ends with a DataError."""
+        self._closed = True
         self._split.close()
         self._readers.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
@@ -143,6 +151,8 @@ class TextSource:
 
     def load(self, stream: int, window: int) -> Future[Loaded]:
         """Have a stream's window read."""
+        if self._closed:
+            raise DataError(CLOSED)
         return self._readers.submit(self._load, stream, window)
 
     def encode(self, chunk: list[bytes]) -> Future[Tokens]:

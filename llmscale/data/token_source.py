@@ -143,8 +143,11 @@ class TokenSource:
         """Nothing to know."""
 
     def close(self) -> None:
-        """Let go of the shards, and end what fetches them."""
-        self._samples.close()
+        """Let go of the shards, and end what fetches them; a read that waits for a store ends with a DataError."""
+        if self._split.store is not None:
+            self._split.store.close()
+        with self._reading:  # files are not closed under a read: their numbers would be another file's
+            self._samples.close()
 
     def _refuse_small_cache(self, shuffle_window: int) -> None:
         """A window that does not stay in the cache would be fetched again for every batch."""

@@ -230,6 +230,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
 
     ahead = stack.enter_context(loader(run.train, seen.sequences, config.training.steps - seen.steps))
+    for stream in filter(None, (run.train, run.validation)):
+        stack.callback(stream.close)  # before the loader: a store that does not answer would hold it up
     if config.training.steps == 0 and config.checkpoint.interval and checkpoint is None:
         write(0)
 

@@ -290,6 +290,10 @@ def test_a_command_gives_what_the_folder_has(command: str, folder: Path, cache: 
     [
         ("cat /nowhere/{name}", r"pipe:cat /nowhere/card\.json: \d+ attempts in \d+ s failed, .*exit status 1: cat: "),
         ("sleep 60; echo {name}", r"card\.json: .* failed, the last with: TimeoutError: no byte within 0\.3 s"),
+        (  # one byte after the other, faster than an attempt's patience
+            "for i in $(seq 80); do printf x; sleep 0.05; done # {name}",
+            r"card\.json: .* failed, the last with: TimeoutError: \d+ bytes within 0\.3 s",
+        ),
         ("yes {name}", r"pipe:yes card\.json: gives more than \d+ bytes"),
         ("echo {name}", r"pipe:echo card\.json: the whole file: Invalid JSON"),
     ],
