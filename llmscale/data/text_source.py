@@ -112,8 +112,9 @@ class TextSource:
 
     def look_ahead(self, ordinals: Integers) -> None:
         """Begin to tokenise what these sequences need; returns at once."""
-        for stream in np.unique(ordinals % len(self._tracks)).tolist():
-            self._tracks[stream].look_ahead()
+        steps, streams = np.divmod(ordinals, len(self._tracks))
+        for stream in np.unique(streams).tolist():
+            self._tracks[stream].look_ahead(int(steps[streams == stream].min()))
 
     def state(self, ordinal: int) -> dict[str, Any]:
         """For each stream where its first sequence at or after this ordinal begins: [sequence, window, token].
@@ -245,7 +246,7 @@ class _Window:
 
 
 class _Track:
-    """One logical stream: how many tokens its windows have, as far as it was read, and the newest windows."""
+    """One logical stream: how many tokens its windows have, as far as it was read, and the windows in use."""
 
     def __init__(self, source: TextSource, stream: int) -> None:
         self._source, self._stream = source, stream
@@ -274,10 +275,12 @@ class _Track:
                 return [step, self._first + index, offset]
             return [self._step, self._first, self._token]
 
-    def look_ahead(self) -> None:
-        """Have the window read that is needed next."""
+    def look_ahead(self, step: int) -> None:
+        """Have the window read that holds a sequence, or where that is not known, the one that is needed next."""
         with self._lock:
-            self._window(self._first + len(self._ends))
+            if step < self._step:
+                self.begin(0, 0, 0)
+            self._window(self._first + bisect.bisect_right(self._ends, self._place(step)))
 
     def read(self, step: int, out: Tokens) -> None:
         """Copy a sequence."""
@@ -289,6 +292,7 @@ class _Track:
                 index = self._find(place + done)
                 start = place + done - (self._ends[index - 1] if index else 0)
                 window = self._window(self._first + index)
+                self._drop_before(self._first + index)
                 while window.known <= start and window.more():
                     pass
                 done += window.copy(start, out[done:])
@@ -312,9 +316,13 @@ class _Track:
             self._empty = 0 if window.known else self._empty + 1
             if self._empty > self._source.windows(self._stream):
                 raise DataError(f"{self._source.folder}: logical stream {self._stream} holds no text")
-            for old in [kept for kept in self._windows if kept < number]:
-                del self._windows[old]
+            self._drop_before(number)
         return bisect.bisect_right(self._ends, place)
+
+    def _drop_before(self, number: int) -> None:
+        """Keep no window that was read; what goes back reads it again."""
+        for old in [kept for kept in self._windows if kept < number]:
+            del self._windows[old]
 
     def _window(self, number: int) -> _Window:
         if number not in self._windows:

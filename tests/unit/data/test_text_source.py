@@ -206,6 +206,21 @@ def test_going_back_and_far_ahead_is_slow_and_right(described: Described) -> Non
     assert np.array_equal(resumed.read([899, 3, 600]), reference[[899, 3, 600]])
 
 
+def test_reading_the_same_again_and_again_keeps_no_more_text_in_memory(described: Described) -> None:
+    """As validation does: what lies behind is known by then, and is read anew."""
+    stream = Stream([(str(described()), 1.0)], 16, seed=1)
+    source = stream._sources[0]
+    assert isinstance(source, TextSource)
+    passes = []
+    for _ in range(3):
+        with Loader(stream, 8, batches=240, collate=keep) as loader:
+            passes.append(np.concatenate(list(loader)))
+        assert max(len(track._windows) for track in source._tracks) <= 3
+    assert np.array_equal(passes[0], passes[1]) and np.array_equal(passes[0], passes[2])
+    assert len(source._tracks[0]._ends) > 6
+    stream.close()
+
+
 def test_two_runs_are_equal_and_seeds_are_not(described: Described) -> None:
     folder = str(described())
     one, two, other = (Stream([(folder, 1.0)], 16, seed).read(range(200)) for seed in (1, 1, 2))
