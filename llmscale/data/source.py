@@ -26,6 +26,9 @@ class Source(Protocol):
     fingerprint: str
     """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""
 
+    cache_bytes: int
+    """Of the node's cache, so that little is fetched twice; 0 of a source that needs none."""
+
     @property
     def sequences(self) -> int | None:
         """Of one pass over the source; None where only reading it tells."""

@@ -11,7 +11,7 @@ at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,9 +67,11 @@ class Stream:
         self._reading = reading or Reading()
         self._cache: Cache | None = None
         limit = max(8, _OPEN_SHARDS // len(sources))
-        self._sources = [
-            open_source(path, sequence_length, seed, limit, self._open_cache, self._reading) for path in self._paths
-        ]
+        # What is fetched ahead takes half of the cache, over all that do.
+        fetching = sum(map(is_remote, self._paths))
+        own = replace(self._reading, readers=self._reading.readers * max(1, fetching))
+        self._sources = [open_source(path, sequence_length, seed, limit, self._open_cache, own) for path in self._paths]
+        self._refuse_small_cache()
         first = self._sources[0]
         for path, source in zip(self._paths, self._sources, strict=True):
             if source.tokenizer_sha256 != first.tokenizer_sha256:
@@ -95,6 +97,17 @@ class Stream:
         if self._cache is None:
             self._cache = Cache(self._reading.cache, self._reading.cache_bytes)
         return self._cache
+
+    def _refuse_small_cache(self) -> None:
+        """The sources are read side by side: what they need adds up."""
+        sharing = [path for path, source in zip(self._paths, self._sources, strict=True) if source.cache_bytes]
+        needed = sum(source.cache_bytes for source in self._sources)
+        if self._cache is not None and needed > self._cache.limit:
+            raise UsageError(
+                f"{', '.join(sharing[:3])}{' …' if len(sharing) > 3 else ''}: the cache's limit is {self._cache.limit} "
+                f"bytes, and two shuffle windows {'of each ' if len(sharing) > 1 else ''}take {needed}; "
+                "raise the limit, or lower shuffle_window"
+            )
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:
         """The sequences at these positions (0 and up), [len(positions), sequence_length + 1].

@@ -87,6 +87,7 @@ class TextSource:
         self.dtype = np.dtype(card.dtype)
         self.fingerprint = _fingerprint(split)
         self.remote = split.remote
+        self.cache_bytes = _two_windows(split) if split.remote else 0
         self.sequences = None
         self.folder, self.sequence_length = split.folder, sequence_length
         self._split, self._seed = split, seed
@@ -328,6 +329,12 @@ class _Track:
         if number not in self._windows:
             self._windows[number] = _Window(self._source, self._stream, number)
         return self._windows[number]
+
+
+def _two_windows(split: TextSplit) -> int:
+    """Bytes of the cache: of each stream the window that is read and the next, for the ranks of the node to share."""
+    total = sum(piece.bytes for _, piece in split.pieces)
+    return min(2 * WINDOW * split.card.streams * -(-total // split.card.pieces), total)
 
 
 def _fingerprint(split: TextSplit) -> str:
