@@ -33,14 +33,14 @@ class Prefetch(Iterator[T], Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next item. What the producer raised is raised here, after the items that it gave before."""
+        """The next item. What the producer raised is raised here after the items that it gave before, each time."""
         with self._change:
             self._change.wait_for(lambda: self._ready or self._finished or self._closed)
             if self._ready and not self._closed:
                 item = self._ready.popleft()
                 self._change.notify_all()
                 return item
-            error, self._error = self._error, None
+            error = None if self._closed else self._error
         if error is not None:
             raise error
         raise StopIteration
@@ -53,7 +53,6 @@ class Prefetch(Iterator[T], Generic[T]):
         with self._change:
             self._closed = True
             self._ready.clear()
-            self._error = None
             self._change.notify_all()
         self._thread.join(CLOSE_SECONDS)
 

@@ -10,6 +10,7 @@ at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,11 +61,16 @@ class Stream:
     def __init__(
         self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int, reading: Reading | None = None
     ) -> None:
-        """sources: (folder, URL or pipe: command of a split or description, weight); all with one tokenizer."""
+        """sources: (folder, URL or pipe: command of a split or description, weight); all with one tokenizer.
+
+        Raises:
+            UsageError: a number that is none of what it stands for. DataError: a source is missing or broken.
+        """
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
         self._reading = reading or Reading()
+        _refuse_absurd(sources, sequence_length, self._reading)
         self._cache: Cache | None = None
         limit = max(8, _OPEN_SHARDS // len(sources))
         # What is fetched ahead takes half of the cache, over all that do.
@@ -84,6 +90,8 @@ class Stream:
         self.formats = tuple("text" if isinstance(one, TextSource) else "tokens" for one in self._sources)
         self._mixture = Mixture([weight for _, weight in sources])
         self._since = 0
+        self.position = 0
+        """Where reading goes on: what `resume` was told."""
         self._bases = np.zeros(len(sources), dtype=np.int64)
         self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self.sequence_length = sequence_length
@@ -209,6 +217,7 @@ class Stream:
             (source.fingerprint, weight) for source, weight in zip(self._sources, self._mixture.weights, strict=True)
         ]
         self._since = state["since"] if same else state["position"]
+        self.position = state["position"]
         notes, left = [], list(saved)
         for number, (path, source) in enumerate(zip(self._paths, self._sources, strict=True)):
             found = next((one for one in left if one["fingerprint"] == source.fingerprint), None)
@@ -243,6 +252,18 @@ class Stream:
             self._cache.close()
         for source in self._sources:
             source.close()
+
+
+def _refuse_absurd(sources: Sequence[tuple[str, float]], sequence_length: int, reading: Reading) -> None:
+    """What a config's schema refuses, for those who have none."""
+    for path, weight in sources:
+        if not 0 < weight < math.inf:
+            raise UsageError(f"{path}: the weight {weight} is no share of a mixture; give a positive number")
+    counts = {"sequence_length": sequence_length}
+    counts |= {name: getattr(reading, name) for name in ("shuffle_window", "cache_bytes", "readers", "workers")}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} {count}: give at least 1")
 
 
 def open_source(

@@ -38,10 +38,11 @@ def test_what_the_producer_raises_arrives_after_the_items_before_it() -> None:
 
     items = prefetch(produce(), 2)
     assert next(items) == 1
-    with pytest.raises(KeyError, match="broken"):
-        next(items)
-    with pytest.raises(StopIteration):
-        next(items)
+    for _ in range(2):  # once is easily caught with much else, and an end would look like that of the data
+        with pytest.raises(KeyError, match="broken"):
+            next(items)
+    items.close()
+    assert list(items) == []
 
 
 def test_close_ends_the_thread_and_the_producer() -> None:
