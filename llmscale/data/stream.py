@@ -154,12 +154,9 @@ class Stream:
     def epochs(self, position: int) -> tuple[float | None, ...]:
         """Passes over each source that the first `position` sequences make: 1.5 is one and a half.
 
-        None for a source whose length is not known.
+        None for a text source that this process has not read so far: only reading tells how many sequences it has.
         """
-        return tuple(
-            count / source.sequences if source.sequences else None
-            for count, source in zip(self.counts(position), self._sources, strict=True)
-        )
+        return tuple(source.epochs(count) for count, source in zip(self.counts(position), self._sources, strict=True))
 
     def state(self, position: int) -> dict[str, Any]:
         """What it takes to go on at this position, as JSON; its size does not grow with the data."""

@@ -18,8 +18,9 @@ interpreter lock. About two windows of text a stream are in memory. Long documen
 to the tokens, of `llmscale data build`. Threads of their own read the text, so that no tokenising waits for a store.
 
 Ranks share the work without talking to each other where each reads streams of its own: with this source alone in the
-mixture, and a number of streams that the data-parallel size divides. Else ranks repeat some of each other's
-tokenising; the sequences are the same.
+mixture, and a number of streams that the data-parallel size divides. Else each rank tokenises all of the text that the
+job trains on, for the sequences that it reads of every stream; the sequences are the same. (Dealing out the positions
+of a batch by stream would spare that, and make which rank reads what depend on the sources.)
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class TextSource:
         self.fingerprint = _fingerprint(split)
         self.remote = split.remote
         self.cache_bytes = _two_windows(split) if split.remote else 0
-        self.sequences = None
         self.folder, self.sequence_length = split.folder, sequence_length
         self._split, self._seed = split, seed
         self._tokenizer = _tokenizer(split)
@@ -122,8 +122,12 @@ class TextSource:
 
         A stream that this process has not read so far has an earlier place that it knows: `merge` takes the latest.
         """
+        return {"streams": [self._tracks[stream].place(step) for stream, step in self._next_of(ordinal)]}
+
+    def _next_of(self, ordinal: int) -> list[tuple[int, int]]:
+        """(stream, its first sequence at or after an ordinal) of all streams."""
         count = len(self._tracks)
-        return {"streams": [track.place(max(0, -((s - ordinal) // count))) for s, track in enumerate(self._tracks)]}
+        return [(stream, max(0, -((stream - ordinal) // count))) for stream in range(count)]
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Of what the ranks know of the same ordinal, the latest places."""
@@ -133,6 +137,12 @@ class TextSource:
         """Begin at the places that `state` gave: what lies before them needs no reading, and can be read still."""
         for track, place in zip(self._tracks, state["streams"], strict=True):
             track.begin(*place)
+
+    def epochs(self, ordinal: int) -> float | None:
+        """Passes over the source, in windows that were read, over the streams that this process reads."""
+        found = [(stream, self._tracks[stream].found(step)) for stream, step in self._next_of(ordinal)]
+        passes = [place[0] / self.windows(stream) for stream, place in found if place]
+        return sum(passes) / len(passes) if passes else None
 
     def counters(self) -> dict[str, float]:
         """What was left out, and what fetching took."""
@@ -268,13 +278,19 @@ class _Track:
         with self._lock:
             if step < self._step:
                 return [0, 0, 0]
-            place = self._place(step)
-            index = bisect.bisect_right(self._ends, place)
-            offset = place - (self._ends[index - 1] if index else 0)
-            window = self._windows.get(self._first + index)
-            if index < len(self._ends) or offset == 0 or (window is not None and offset <= window.known):
-                return [step, self._first + index, offset]
-            return [self._step, self._first, self._token]
+            return [step, *found] if (found := self.found(step)) else [self._step, self._first, self._token]
+
+    def found(self, step: int) -> tuple[int, int] | None:
+        """(window, token) where a sequence begins, as far as that was read; waits for no reader."""
+        if (place := self._place(step)) < 0:
+            return None
+        index = bisect.bisect_right(self._ends, place)
+        offset = place - (self._ends[index - 1] if index else 0)
+        window = self._windows.get(self._first + index)
+        begun = step == self._step or offset == 0
+        if index < len(self._ends) or begun or (window is not None and offset <= window.known):
+            return self._first + index, offset
+        return None
 
     def look_ahead(self, step: int) -> None:
         """Have the window read that holds a sequence, or where that is not known, the one that is needed next."""

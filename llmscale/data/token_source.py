@@ -131,6 +131,10 @@ class TokenSource:
             "replaced_sequences": self._replaced,
         }
 
+    def epochs(self, ordinal: int) -> float:
+        """Passes over the source that the sequences before this one make."""
+        return ordinal / self.sequences
+
     def state(self, ordinal: int) -> dict[str, Any]:
         """Nothing: the ordinal says it all."""
         return {}

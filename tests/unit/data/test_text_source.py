@@ -261,7 +261,7 @@ def test_text_and_token_shards_mix(described: Described, corpus: Path, tokenizer
     stream = Stream(sources, 32, seed=2)
     stream.read(range(200))
     assert stream.counts(200) == (50, 150)
-    assert stream.epochs(200)[0] is None
+    assert stream.epochs(200)[0] == stream._sources[0].epochs(50) is not None
     again = Stream(list(reversed(sources)), 32, seed=2)
     assert again.resume(stream.state(80)) == []
     assert again.counts(80) == (60, 20)
@@ -314,6 +314,30 @@ def test_what_is_read_otherwise_is_another_source_and_begins_anew(change: str, s
     assert other.resume(state) == [f"{folder} has changed: it begins at its first sequence"]
     assert other.counts(100) == (0,)
     other.close()
+
+
+def test_the_passes_over_text_are_the_windows_that_were_read(described: Described, tokenizer_json: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_json)
+    total = sum(len(tokenizer.encode(text_of(number))) + 1 for number in range(DOCUMENTS))
+    ranks = [Stream([(str(described()), 1.0)], 16, seed=1) for _ in range(2)]
+    positions = range(0, 2 * total // 16, 20)
+    for rank, stream in enumerate(ranks):
+        assert stream.epochs(total // 16) == (None,)
+        # A window is a ninth of a stream's epoch, and a count of whole ones up to that behind.
+        assert stream._sources[0].windows(0) == 9  # type: ignore[attr-defined]
+        passes = []
+        for position in positions:
+            with Loader(stream, 20, rank=rank, world_size=2, position=position, batches=1, collate=keep) as loader:
+                next(loader)
+            passes.append(stream.epochs(position)[0])
+        wanted = np.array(positions) * 16 / total
+        assert passes == sorted(passes)
+        assert np.all(np.array(passes) > wanted - 0.3) and np.all(np.array(passes) < wanted + 0.1)
+    resumed = Stream([(str(described()), 1.0)], 16, seed=1)
+    resumed.resume(resumed.merge([stream.state(positions[-1]) for stream in ranks]))
+    assert resumed.epochs(positions[-1])[0] == pytest.approx(passes[-1], abs=0.1)
+    for stream in (*ranks, resumed):
+        stream.close()
 
 
 def test_the_state_does_not_grow_with_the_data(described: Described) -> None:
