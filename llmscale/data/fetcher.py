@@ -81,10 +81,6 @@ class Fetcher:
         if threads:
             self._change.notify(threads)
 
-    def under_way(self, unit: int) -> bool:
-        """Whether this is being fetched, or will be."""
-        return unit in self._futures
-
     def close(self) -> None:
         """End the threads: those that wait at once, the others after the unit in hand."""
         with self._change:

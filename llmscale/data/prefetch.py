@@ -15,7 +15,7 @@ CLOSE_SECONDS = 5.0
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """The items of an iterator, up to `depth` of them produced ahead."""
+    """The items of an iterator, up to `depth` (at least 1) of them produced ahead. Close it when done."""
 
     def __init__(self, produce: Iterator[T], depth: int) -> None:
         if depth < 1:
@@ -74,8 +74,3 @@ class Prefetch(Iterator[T], Generic[T]):
         with self._change:
             self._finished = True
             self._change.notify_all()
-
-
-def prefetch(produce: Iterator[T], depth: int) -> Prefetch[T]:
-    """Run `produce` in a background thread, at most `depth` items ahead (depth of at least 1). Close it when done."""
-    return Prefetch(produce, depth)
