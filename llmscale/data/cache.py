@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ class Cache:
         self.limit = limit
         self.counters = Counters()
         self._wait_seconds = wait_seconds
+        self._closed = threading.Event()
         try:
             for part in ("files", "splits", "stripes"):
                 (self.folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,6 +64,10 @@ class Cache:
             ) from None
         if owner != os.getuid():
             raise UsageError(f"{self.folder}: the cache belongs to another user; name another folder for it")
+
+    def close(self) -> None:
+        """Wait for no other process any longer: whoever does gets a DataError."""
+        self._closed.set()
 
     def has(self, key: str, name: str) -> bool:
         """Whether a file is here now."""
@@ -136,13 +142,30 @@ class Cache:
         """Hold the lock that a name falls on; gives its path."""
         path = self.folder / "stripes" / f"{zlib.crc32(name.encode()) % STRIPES:04d}.lock"
         with path.open("a+b") as lock:
-            _wait_for(lock, self._wait_seconds, f"{self.folder}: another process has been fetching {name}")
+            self._wait_for(lock, f"{self.folder}: another process has been fetching {name}")
             yield path
+
+    def _wait_for(self, lock: BinaryIO, doing: str) -> None:
+        """Take a lock, or raise after so many seconds."""
+        started = time.monotonic()
+        pause = 0.001
+        while not self._closed.is_set():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() - started > self._wait_seconds:
+                    raise DataError(
+                        f"{doing} for more than {self._wait_seconds:g} s; see what that process waits for"
+                    ) from None
+            self._closed.wait(pause)
+            pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+        raise DataError(f"{doing}: not waited for any longer, since the stream was closed")
 
     def _make_room(self, file: BinaryIO, size: int) -> None:
         """Promise `size` bytes to a file that is about to be written, and evict what that takes."""
         with (self.folder / "usage").open("a+b") as usage:
-            _wait_for(usage, self._wait_seconds, f"{self.folder}: another process has been making room in the cache")
+            self._wait_for(usage, f"{self.folder}: another process has been making room in the cache")
             usage.seek(0)
             used = usage.read()
             total = int(used) if used.isdigit() else None
@@ -199,18 +222,3 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
                 yield from _files(Path(entry.path))
             else:
                 yield entry
-
-
-def _wait_for(lock: BinaryIO, seconds: float, doing: str) -> None:
-    """Take a lock, or raise after so many seconds."""
-    started = time.monotonic()
-    pause = 0.001
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() - started > seconds:
-                raise DataError(f"{doing} for more than {seconds:g} s; see what that process waits for") from None
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_POLL_SECONDS)

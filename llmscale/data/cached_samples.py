@@ -97,8 +97,7 @@ class CachedSamples(Samples):
         Samples.close(self)
 
     def close(self) -> None:
-        """Close all files, and end all threads."""
-        cast(UrlStore | PipeStore, self._split.store).close()
+        """Close all files, and end all threads; the store is closed already."""
         self._fetcher.close()
         super().close()
 

@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 
 from llmscale.errors import DataError
 
-_CLOSED = "the stream was closed while it was read"
+CLOSED = "the stream was closed while it was read"
 
 
 class Fetcher:
@@ -51,7 +51,7 @@ class Fetcher:
         self._start()
         with self._change:
             if self._closed:
-                raise DataError(_CLOSED)
+                raise DataError(CLOSED)
             for unit in units:
                 if unit not in self._futures:
                     self._futures[unit] = Future()
@@ -64,7 +64,7 @@ class Fetcher:
         try:
             found = {unit: future.exception() for unit, future in waited.items()}
         except CancelledError:
-            raise DataError(_CLOSED) from None
+            raise DataError(CLOSED) from None
         return {unit: error for unit, error in found.items() if error is not None}
 
     def seen(self, units: Iterable[int]) -> None:
@@ -80,10 +80,6 @@ class Fetcher:
         """Wake no more threads than there is work for: each takes the interpreter lock to look."""
         if threads:
             self._change.notify(threads)
-
-    def under_way(self, unit: int) -> bool:
-        """Whether this is being fetched, or will be."""
-        return unit in self._futures
 
     def close(self) -> None:
         """End the threads: those that wait at once, the others after the unit in hand."""

@@ -7,9 +7,10 @@
     with Loader(stream, batch_size=256, rank=rank, world_size=world_size) as batches:
         for tokens, labels in batches:
             ...
+    stream.close()
 
-To stop and go on: keep `batches.state()` with the checkpoint, and later call `stream.resume(state)` and give the
-Loader `position=state["position"]`, with any other batch_size and world_size.
+To stop and go on: keep `batches.state()` with the checkpoint, and later call `stream.resume(state)` before the Loader
+is made, with any other batch_size and world_size.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ class Loader(Iterator[T], Generic[T]):
     @overload
     def __init__(
         self: Loader[Pair], stream: Stream, batch_size: int, *, rank: int = ..., world_size: int = ...,
-        position: int = ..., batches: int | None = ..., prefetch: int = ...,
+        position: int | None = ..., batches: int | None = ..., prefetch: int = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self, stream: Stream, batch_size: int, *, rank: int = ..., world_size: int = ...,
-        position: int = ..., batches: int | None = ..., prefetch: int = ..., collate: Callable[[Integers], T],
+        position: int | None = ..., batches: int | None = ..., prefetch: int = ..., collate: Callable[[Integers], T],
     ) -> None: ...  # fmt: skip
     def __init__(
         self,
@@ -67,16 +68,25 @@ class Loader(Iterator[T], Generic[T]):
         *,
         rank: int = 0,
         world_size: int = 1,
-        position: int = 0,
+        position: int | None = None,
         batches: int | None = None,
         prefetch: int = 2,
         collate: Callable[[Integers], Any] = tokens_and_labels,
     ) -> None:
-        """batch_size: sequences over all ranks. position: sequences that were read before. prefetch: batches ready
-        ahead. collate: what becomes of the rows [batch_size / world_size, sequence_length + 1], in the thread.
+        """batch_size: sequences over all ranks. position: sequences that were read before; where the stream was
+        resumed, else 0, when None. prefetch: batches ready ahead. collate: what becomes of the rows
+        [batch_size / world_size, sequence_length + 1], in the thread.
+
+        Raises:
+            ValueError: a rank that there is none of, or ranks that share no batch.
         """
-        if batch_size % world_size:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}: ranks count from 0 to {world_size - 1}")
+        if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} does not divide over {world_size} ranks")
+        position = stream.position if position is None else position
+        if position < 0:
+            raise ValueError(f"position {position}: give the number of sequences that were read, at least 0")
         self.position = position
         self._stream, self._batch_size, self._collate = stream, batch_size, collate
         self._rank, self._world_size, self._batches = rank, world_size, batches
@@ -103,7 +113,7 @@ class Loader(Iterator[T], Generic[T]):
         return self._stream.state(self.position)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, at once where the stream was closed before; else it is given a few seconds."""
         self._ready.close()
 
     def _produce(self, first: int) -> Iterator[T]:

@@ -2,9 +2,9 @@
 
 Sources are the leaves of a binary tree. A node that has handed out p sequences has given round(share × p) of them to
 its left side: a count that never falls and grows by one at most, so "is the p-th left?" and "how many before it?" are
-the same line of arithmetic. A position walks from the root to its source in log2(sources) such steps. The realised
-count of a source is within about 2 sequences of weight × position at every position, which random draws miss by
-√position: every batch holds the same mix.
+the same line of arithmetic. A position walks from the root to its source in log2(sources) such steps. Each rounds by
+half a sequence at most, so at every position the count of a source is within half the tree's height of weight ×
+position, which random draws miss by √position: every batch holds the same mix.
 
 Shares are whole numbers of 2⁻³², so all ranks agree bit for bit up to position 2⁶³; the rounding moves a weight by
 1e-9.

@@ -13,10 +13,16 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from typing import BinaryIO, cast
 
 from llmscale.data.store import Counters, Doubtful, Patience, Store, UrlStore, plain_name
 from llmscale.errors import DataError, UsageError
+
+_PART = 2 << 20
+"""Bytes that have to come within the seconds of an attempt: 70 kB/s by default."""
+_TURN_SECONDS = 0.2
 
 
 class PipeStore(Store):
@@ -64,7 +70,8 @@ class PipeStore(Store):
         if not plain_name(name):
             raise DataError(f"{self.url}: {name!r} is not a plain file name")
         command = self._template.replace("{name}", shlex.quote(name))
-        count = 0
+        count = part = 0
+        patience = self._patience.attempt_seconds
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
@@ -73,29 +80,47 @@ class PipeStore(Store):
             output = cast(BinaryIO, process.stdout)
             watch = select.poll()
             watch.register(output, select.POLLIN)
+            until = time.monotonic() + patience
             try:
                 while count <= most:
-                    if not watch.poll(1000 * self._patience.attempt_seconds):
-                        raise TimeoutError(f"no byte within {self._patience.attempt_seconds:g} s")
+                    if not self._seen(until, lambda seconds: bool(watch.poll(1000 * seconds))):
+                        raise TimeoutError(f"{f'{part} bytes' if part else 'no byte'} within {patience:g} s")
                     if not (data := os.read(output.fileno(), 1 << 20)):
                         break
-                    count += len(data)
+                    if count == 0 or part >= _PART:  # what comes in drops would never end
+                        until, part = time.monotonic() + patience, 0
+                    count, part = count + len(data), part + len(data)
                     file.write(data)
                     self._counters.add(bytes_fetched=len(data))
                 else:
                     return count
-                if status := process.wait(self._patience.attempt_seconds):
+                if not self._seen(time.monotonic() + patience, lambda seconds: _ended(process, seconds)):
+                    raise TimeoutError("closed its output and did not end")
+                if status := process.returncode:
                     errors.seek(0)
                     said = errors.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
                     raise OSError(f"exit status {status}" + (f": {said[-1]}" if said else ""))
-            except subprocess.TimeoutExpired:
-                raise TimeoutError("closed its output and did not end") from None
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 output.close()
         return count
+
+    def _seen(self, until: float, look: Callable[[float], bool]) -> bool:
+        """Whether something is seen in time. look: for so many seconds; in turns, so that closing is noticed."""
+        while (left := until - time.monotonic()) > 0 and not self._closed.is_set():
+            if look(min(left, _TURN_SECONDS)):
+                return True
+        return False
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def open_store(url: str, patience: Patience, counters: Counters) -> UrlStore | PipeStore:

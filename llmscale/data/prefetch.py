@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+CLOSE_SECONDS = 5.0
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """The items of an iterator, up to `depth` of them produced ahead."""
+    """The items of an iterator, up to `depth` (at least 1) of them produced ahead. Close it when done."""
 
     def __init__(self, produce: Iterator[T], depth: int) -> None:
         if depth < 1:
@@ -32,26 +33,28 @@ class Prefetch(Iterator[T], Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next item. What the producer raised is raised here, after the items that it gave before."""
+        """The next item. What the producer raised is raised here after the items that it gave before, each time."""
         with self._change:
             self._change.wait_for(lambda: self._ready or self._finished or self._closed)
             if self._ready and not self._closed:
                 item = self._ready.popleft()
                 self._change.notify_all()
                 return item
-            error, self._error = self._error, None
+            error = None if self._closed else self._error
         if error is not None:
             raise error
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread: it stops after the item in hand, and closes the producer. May be called twice."""
+        """End the thread: it stops after the item in hand, and closes the producer. May be called twice.
+
+        An item that takes longer than CLOSE_SECONDS is left to the thread, which ends with the process at the latest.
+        """
         with self._change:
             self._closed = True
             self._ready.clear()
-            self._error = None
             self._change.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self, produce: Iterator[T]) -> None:
         try:
@@ -71,8 +74,3 @@ class Prefetch(Iterator[T], Generic[T]):
         with self._change:
             self._finished = True
             self._change.notify_all()
-
-
-def prefetch(produce: Iterator[T], depth: int) -> Prefetch[T]:
-    """Run `produce` in a background thread, at most `depth` items ahead (depth of at least 1). Close it when done."""
-    return Prefetch(produce, depth)

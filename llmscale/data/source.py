@@ -26,9 +26,8 @@ class Source(Protocol):
     fingerprint: str
     """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""
 
-    @property
-    def sequences(self) -> int | None:
-        """Of one pass over the source; None where only reading it tells."""
+    cache_bytes: int
+    """Of the node's cache, so that little is fetched twice; 0 of a source that needs none."""
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals (0 and up, [n]) into rows [n] of out, [batch, sequence_length + 1].
@@ -42,6 +41,12 @@ class Source(Protocol):
 
     def counters(self) -> Mapping[str, float]:
         """What this process left out (skipped_…, replaced_…), and what fetching took."""
+
+    def epochs(self, ordinal: int) -> float | None:
+        """Passes over the source that the sequences before this one make: 1.5 is one and a half.
+
+        None where only reading tells, and this process has not read so far.
+        """
 
     def state(self, ordinal: int) -> Mapping[str, Any]:
         """What it takes to go on at this ordinal besides the ordinal, as JSON; its size is not that of the data."""

@@ -23,6 +23,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, BinaryIO, TypeVar
 
@@ -58,7 +60,7 @@ class Patience:
     """How long a store is waited for."""
 
     attempt_seconds: float = 30.0
-    """For one answer of a few MiB; of a command: between two pieces of its output."""
+    """For one answer of a few MiB; of a command: for its first byte, and for each 2 MiB of its output."""
     total_seconds: float = 300.0
     first_delay_seconds: float = 0.2
     longest_delay_seconds: float = 20.0
@@ -123,7 +125,7 @@ class Store(ABC):
         return f"{self.url.rstrip('/')}/{name}"
 
     def close(self) -> None:
-        """Make no further attempts."""
+        """Give up what is being waited for, and make no further attempts: whoever reads gets a DataError."""
         self._closed.set()
 
     @abstractmethod
@@ -139,7 +141,7 @@ class Store(ABC):
         started = time.monotonic()
         delay = self._patience.first_delay_seconds
         doubts = attempts = 0
-        while True:
+        while not self._closed.is_set():
             attempts += 1
             self._counters.add(requests=1)
             try:
@@ -164,9 +166,9 @@ class Store(ABC):
                     f"{_REACH}"
                 )
             self._counters.add(retries=1)
-            if self._closed.wait(delay * random.uniform(0.5, 1.0)):
-                raise DataError(f"{self.where(name)}: given up, since its reader was closed")
+            self._closed.wait(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self._patience.longest_delay_seconds)
+        raise DataError(f"{self.where(name)}: given up, since its reader was closed")
 
 
 _REACH = "check the URL, the credentials and the network, and start again"
@@ -202,7 +204,14 @@ class UrlStore(Store):
         super().__init__(url, patience, counters)
         self._opened: tuple[int, Any, str] | None = None
         self._opening = threading.Lock()
+        self._answers: set[Future[Any]] = set()
         self.filesystem()
+
+    def close(self) -> None:
+        """Give up what is being waited for, and make no further attempts: whoever reads gets a DataError."""
+        super().close()
+        for answer in tuple(self._answers):
+            answer.cancel()
 
     def read(self, name: str, start: int, end: int, check: Callable[[bytes], str] = lambda data: "") -> bytes:
         """The bytes from start to end. check: says what is wrong with them, or nothing.
@@ -264,16 +273,22 @@ class UrlStore(Store):
         filesystem, root = self.filesystem()
         path = f"{root.rstrip('/')}/{name}"
         seconds = self._patience.attempt_seconds
+        answer: Future[Any]
+        if filesystem.async_impl:
+            # Cancels the request, which fsspec's own timeout would leave behind.
+            call = asyncio.wait_for(getattr(filesystem, f"_{method}")(path, **options), seconds)
+            answer, seconds = asyncio.run_coroutine_threadsafe(call, filesystem.loop), seconds + 5
+        else:
+            answer = _in_thread(lambda: getattr(filesystem, method)(path, **options))
+        self._answers.add(answer)
         try:
-            if filesystem.async_impl:
-                call = getattr(filesystem, f"_{method}")(path, **options)
-                # Cancels the request, which fsspec's own timeout would leave behind.
-                return asyncio.run_coroutine_threadsafe(asyncio.wait_for(call, seconds), filesystem.loop).result(
-                    seconds + 5
-                )
-            return _within(seconds, lambda: getattr(filesystem, method)(path, **options))
+            if self._closed.is_set():  # `close` may not have seen the answer
+                answer.cancel()
+            return answer.result(seconds)
         except TimeoutError:
-            raise TimeoutError(f"no answer within {seconds:g} s") from None
+            raise TimeoutError(f"no answer within {self._patience.attempt_seconds:g} s") from None
+        finally:
+            self._answers.discard(answer)
 
     def filesystem(self) -> tuple[Any, str]:
         """The filesystem and the path in it: one a process, since connections do not survive a fork."""
@@ -309,22 +324,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, root
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call gives, unless it takes longer; then it is left behind in a thread that ends with the process."""
-    results: list[T] = []
-    errors: list[Exception] = []
-    done = threading.Event()
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """What a call gives, some time; one that is not waited for stays behind in a thread that ends with the process."""
+    answer: Future[T] = Future()
 
     def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            errors.append(error)
-        done.set()
+        with suppress(InvalidStateError):  # cancelled
+            try:
+                answer.set_result(call())
+            except Exception as error:
+                answer.set_exception(error)
 
     threading.Thread(target=run, name="store", daemon=True).start()
-    if not done.wait(seconds):
-        raise TimeoutError
-    if errors:
-        raise errors[0]
-    return results[0]
+    return answer

@@ -10,9 +10,9 @@ at the end.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,14 +61,23 @@ class Stream:
     def __init__(
         self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int, reading: Reading | None = None
     ) -> None:
-        """sources: (folder, URL or pipe: command of a split or description, weight); all with one tokenizer."""
+        """sources: (folder, URL or pipe: command of a split or description, weight); all with one tokenizer.
+
+        Raises:
+            UsageError: a number that is none of what it stands for. DataError: a source is missing or broken.
+        """
         if not sources:
             raise DataError("no source of data: give at least one folder that `llmscale data build` wrote")
         self._paths = [path for path, _ in sources]
         self._reading = reading or Reading()
-        cache = functools.cache(lambda: Cache(self._reading.cache, self._reading.cache_bytes))
+        _refuse_absurd(sources, sequence_length, self._reading)
+        self._cache: Cache | None = None
         limit = max(8, _OPEN_SHARDS // len(sources))
-        self._sources = [open_source(path, sequence_length, seed, limit, cache, self._reading) for path in self._paths]
+        # What is fetched ahead takes half of the cache, over all that do.
+        fetching = sum(map(is_remote, self._paths))
+        own = replace(self._reading, readers=self._reading.readers * max(1, fetching))
+        self._sources = [open_source(path, sequence_length, seed, limit, self._open_cache, own) for path in self._paths]
+        self._refuse_small_cache()
         first = self._sources[0]
         for path, source in zip(self._paths, self._sources, strict=True):
             if source.tokenizer_sha256 != first.tokenizer_sha256:
@@ -81,6 +90,8 @@ class Stream:
         self.formats = tuple("text" if isinstance(one, TextSource) else "tokens" for one in self._sources)
         self._mixture = Mixture([weight for _, weight in sources])
         self._since = 0
+        self.position = 0
+        """Where reading goes on: what `resume` was told."""
         self._bases = np.zeros(len(sources), dtype=np.int64)
         self._dtype = np.result_type(*(source.dtype for source in self._sources))
         self.sequence_length = sequence_length
@@ -88,6 +99,23 @@ class Stream:
         self.vocab_size = max(source.vocab_size for source in self._sources)
         self.end_of_document = first.end_of_document
         self.tokenizer = first.tokenizer
+
+    def _open_cache(self) -> Cache:
+        """Of the node, which all sources share; opened by the first that needs it."""
+        if self._cache is None:
+            self._cache = Cache(self._reading.cache, self._reading.cache_bytes)
+        return self._cache
+
+    def _refuse_small_cache(self) -> None:
+        """The sources are read side by side: what they need adds up."""
+        sharing = [path for path, source in zip(self._paths, self._sources, strict=True) if source.cache_bytes]
+        needed = sum(source.cache_bytes for source in self._sources)
+        if self._cache is not None and needed > self._cache.limit:
+            raise UsageError(
+                f"{', '.join(sharing[:3])}{' …' if len(sharing) > 3 else ''}: the cache's limit is {self._cache.limit} "
+                f"bytes, and two shuffle windows {'of each ' if len(sharing) > 1 else ''}take {needed}; "
+                "raise the limit, or lower shuffle_window"
+            )
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:
         """The sequences at these positions (0 and up), [len(positions), sequence_length + 1].
@@ -126,12 +154,9 @@ class Stream:
     def epochs(self, position: int) -> tuple[float | None, ...]:
         """Passes over each source that the first `position` sequences make: 1.5 is one and a half.
 
-        None for a source whose length is not known.
+        None for a text source that this process has not read so far: only reading tells how many sequences it has.
         """
-        return tuple(
-            count / source.sequences if source.sequences else None
-            for count, source in zip(self.counts(position), self._sources, strict=True)
-        )
+        return tuple(source.epochs(count) for count, source in zip(self.counts(position), self._sources, strict=True))
 
     def state(self, position: int) -> dict[str, Any]:
         """What it takes to go on at this position, as JSON; its size does not grow with the data."""
@@ -189,6 +214,7 @@ class Stream:
             (source.fingerprint, weight) for source, weight in zip(self._sources, self._mixture.weights, strict=True)
         ]
         self._since = state["since"] if same else state["position"]
+        self.position = state["position"]
         notes, left = [], list(saved)
         for number, (path, source) in enumerate(zip(self._paths, self._sources, strict=True)):
             found = next((one for one in left if one["fingerprint"] == source.fingerprint), None)
@@ -218,9 +244,23 @@ class Stream:
         return {**total, **fetched}
 
     def close(self) -> None:
-        """Let go of what the sources hold."""
+        """Let go of what the sources hold; a read that waits for a store ends with a DataError."""
+        if self._cache is not None:
+            self._cache.close()
         for source in self._sources:
             source.close()
+
+
+def _refuse_absurd(sources: Sequence[tuple[str, float]], sequence_length: int, reading: Reading) -> None:
+    """What a config's schema refuses, for those who have none."""
+    for path, weight in sources:
+        if not 0 < weight < math.inf:
+            raise UsageError(f"{path}: the weight {weight} is no share of a mixture; give a positive number")
+    counts = {"sequence_length": sequence_length}
+    counts |= {name: getattr(reading, name) for name in ("shuffle_window", "cache_bytes", "readers", "workers")}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} {count}: give at least 1")
 
 
 def open_source(

@@ -118,6 +118,7 @@ class TextSplit:
         self._patience = patience or Patience()
         self._stores: dict[str, UrlStore] = {}
         self._opening = threading.Lock()
+        self._closed = False
         self.folder = self._copy() if is_remote(self.place) else Path(self.place)
         self.card = read_record(TextCard, self.folder / "card.json", DESCRIBE)
         self.shards = tuple(read_record(TextIndex, self.folder / "index.json", DESCRIBE, self.card.index_sha256).shards)
@@ -174,9 +175,11 @@ class TextSplit:
             self.cache.discard(*self._cached(number))
 
     def close(self) -> None:
-        """Make no further attempts to reach a store."""
-        for store in self._stores.values():
-            store.close()
+        """Give up what is being waited for, and make no further attempts to reach a store."""
+        with self._opening:
+            self._closed = True
+            for store in self._stores.values():
+                store.close()
 
     def _read(self, number: int, path: Path) -> bytes:
         shard, piece = self.pieces[number]
@@ -225,6 +228,8 @@ class TextSplit:
         with self._opening:
             if folder not in self._stores:
                 self._stores[folder] = UrlStore(folder, self._patience, cast(Cache, self.cache).counters)
+                if self._closed:
+                    self._stores[folder].close()
             return self._stores[folder]
 
     def _copy(self) -> Path:

@@ -18,16 +18,18 @@ interpreter lock. About two windows of text a stream are in memory. Long documen
 to the tokens, of `llmscale data build`. Threads of their own read the text, so that no tokenising waits for a store.
 
 Ranks share the work without talking to each other where each reads streams of its own: with this source alone in the
-mixture, and a number of streams that the data-parallel size divides. Else ranks repeat some of each other's
-tokenising; the sequences are the same.
+mixture, and a number of streams that the data-parallel size divides. Else each rank tokenises all of the text that the
+job trains on, for the sequences that it reads of every stream; the sequences are the same. (Dealing out the positions
+of a batch by stream would spare that, and make which rank reads what depend on the sources.)
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.data import documents
+from llmscale.data.fetcher import CLOSED
 from llmscale.data.order import mix, permute
 from llmscale.data.quarantine import Broken, OnError, Quarantine
 from llmscale.data.shards import Tokens
@@ -83,9 +86,9 @@ class TextSource:
         self.vocab_size = card.vocab_size
         self.end_of_document = card.end_of_document
         self.dtype = np.dtype(card.dtype)
-        self.fingerprint = card.index_sha256
+        self.fingerprint = _fingerprint(split)
         self.remote = split.remote
-        self.sequences = None
+        self.cache_bytes = _two_windows(split) if split.remote else 0
         self.folder, self.sequence_length = split.folder, sequence_length
         self._split, self._seed = split, seed
         self._tokenizer = _tokenizer(split)
@@ -93,27 +96,38 @@ class TextSource:
         self._readers = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="read")
         self._tracks = [_Track(self, number) for number in range(card.streams)]
         self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self._closed = False
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals into rows of out."""
         steps, streams = np.divmod(ordinals, len(self._tracks))
-        # All streams' windows are under way before the first is waited for.
-        self.look_ahead(ordinals)
-        for index in np.lexsort((steps, streams)).tolist():
-            self._tracks[streams[index]].read(int(steps[index]), out[rows[index]])
+        try:
+            # All streams' windows are under way before the first is waited for.
+            self.look_ahead(ordinals)
+            for index in np.lexsort((steps, streams)).tolist():
+                self._tracks[streams[index]].read(int(steps[index]), out[rows[index]])
+        except (CancelledError, RuntimeError):
+            if self._closed:
+                raise DataError(CLOSED) from None
+            raise
 
     def look_ahead(self, ordinals: Integers) -> None:
         """Begin to tokenise what these sequences need; returns at once."""
-        for stream in np.unique(ordinals % len(self._tracks)).tolist():
-            self._tracks[stream].look_ahead()
+        steps, streams = np.divmod(ordinals, len(self._tracks))
+        for stream in np.unique(streams).tolist():
+            self._tracks[stream].look_ahead(int(steps[streams == stream].min()))
 
     def state(self, ordinal: int) -> dict[str, Any]:
         """For each stream where its first sequence at or after this ordinal begins: [sequence, window, token].
 
         A stream that this process has not read so far has an earlier place that it knows: `merge` takes the latest.
         """
+        return {"streams": [self._tracks[stream].place(step) for stream, step in self._next_of(ordinal)]}
+
+    def _next_of(self, ordinal: int) -> list[tuple[int, int]]:
+        """(stream, its first sequence at or after an ordinal) of all streams."""
         count = len(self._tracks)
-        return {"streams": [track.place(max(0, -((s - ordinal) // count))) for s, track in enumerate(self._tracks)]}
+        return [(stream, max(0, -((stream - ordinal) // count))) for stream in range(count)]
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Of what the ranks know of the same ordinal, the latest places."""
@@ -124,13 +138,20 @@ class TextSource:
         for track, place in zip(self._tracks, state["streams"], strict=True):
             track.begin(*place)
 
+    def epochs(self, ordinal: int) -> float | None:
+        """Passes over the source, in windows that were read, over the streams that this process reads."""
+        found = [(stream, self._tracks[stream].found(step)) for stream, step in self._next_of(ordinal)]
+        passes = [place[0] / self.windows(stream) for stream, place in found if place]
+        return sum(passes) / len(passes) if passes else None
+
     def counters(self) -> dict[str, float]:
         """What was left out, and what fetching took."""
         fetching = self._split.cache.counters.as_dict() if self._split.cache else {}
         return {**fetching, "skipped_samples": len(self._quarantine)}
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; a read that waits for a store ends with a DataError."""
+        self._closed = True
         self._split.close()
         self._readers.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
@@ -142,6 +163,8 @@ class TextSource:
 
     def load(self, stream: int, window: int) -> Future[Loaded]:
         """Have a stream's window read."""
+        if self._closed:
+            raise DataError(CLOSED)
         return self._readers.submit(self._load, stream, window)
 
     def encode(self, chunk: list[bytes]) -> Future[Tokens]:
@@ -234,7 +257,7 @@ class _Window:
 
 
 class _Track:
-    """One logical stream: how many tokens its windows have, as far as it was read, and the newest windows."""
+    """One logical stream: how many tokens its windows have, as far as it was read, and the windows in use."""
 
     def __init__(self, source: TextSource, stream: int) -> None:
         self._source, self._stream = source, stream
@@ -255,18 +278,26 @@ class _Track:
         with self._lock:
             if step < self._step:
                 return [0, 0, 0]
-            place = self._place(step)
-            index = bisect.bisect_right(self._ends, place)
-            offset = place - (self._ends[index - 1] if index else 0)
-            window = self._windows.get(self._first + index)
-            if index < len(self._ends) or offset == 0 or (window is not None and offset <= window.known):
-                return [step, self._first + index, offset]
-            return [self._step, self._first, self._token]
+            return [step, *found] if (found := self.found(step)) else [self._step, self._first, self._token]
 
-    def look_ahead(self) -> None:
-        """Have the window read that is needed next."""
+    def found(self, step: int) -> tuple[int, int] | None:
+        """(window, token) where a sequence begins, as far as that was read; waits for no reader."""
+        if (place := self._place(step)) < 0:
+            return None
+        index = bisect.bisect_right(self._ends, place)
+        offset = place - (self._ends[index - 1] if index else 0)
+        window = self._windows.get(self._first + index)
+        begun = step == self._step or offset == 0
+        if index < len(self._ends) or begun or (window is not None and offset <= window.known):
+            return self._first + index, offset
+        return None
+
+    def look_ahead(self, step: int) -> None:
+        """Have the window read that holds a sequence, or where that is not known, the one that is needed next."""
         with self._lock:
-            self._window(self._first + len(self._ends))
+            if step < self._step:
+                self.begin(0, 0, 0)
+            self._window(self._first + bisect.bisect_right(self._ends, self._place(step)))
 
     def read(self, step: int, out: Tokens) -> None:
         """Copy a sequence."""
@@ -278,6 +309,7 @@ class _Track:
                 index = self._find(place + done)
                 start = place + done - (self._ends[index - 1] if index else 0)
                 window = self._window(self._first + index)
+                self._drop_before(self._first + index)
                 while window.known <= start and window.more():
                     pass
                 done += window.copy(start, out[done:])
@@ -301,14 +333,35 @@ class _Track:
             self._empty = 0 if window.known else self._empty + 1
             if self._empty > self._source.windows(self._stream):
                 raise DataError(f"{self._source.folder}: logical stream {self._stream} holds no text")
-            for old in [kept for kept in self._windows if kept < number]:
-                del self._windows[old]
+            self._drop_before(number)
         return bisect.bisect_right(self._ends, place)
+
+    def _drop_before(self, number: int) -> None:
+        """Keep no window that was read; what goes back reads it again."""
+        for old in [kept for kept in self._windows if kept < number]:
+            del self._windows[old]
 
     def _window(self, number: int) -> _Window:
         if number not in self._windows:
             self._windows[number] = _Window(self._source, self._stream, number)
         return self._windows[number]
+
+
+def _two_windows(split: TextSplit) -> int:
+    """Bytes of the cache: of each stream the window that is read and the next, for the ranks of the node to share."""
+    total = sum(piece.bytes for _, piece in split.pieces)
+    return min(2 * WINDOW * split.card.streams * -(-total // split.card.pieces), total)
+
+
+def _fingerprint(split: TextSplit) -> str:
+    """Of all that decides which tokens come in which order. Where the shards lie does not: they may move."""
+    card = split.card
+    found = hashlib.sha256(
+        f"{card.tokenizer_sha256} {card.end_of_document} {card.streams} {card.text_key!r}\n".encode()
+    )
+    for _, piece in split.pieces:
+        found.update(b"%d %d\n" % (piece.bytes, piece.checksum))
+    return found.hexdigest()
 
 
 def _tokenizer(split: TextSplit) -> Tokenizer:

@@ -67,7 +67,7 @@ class TokenSource:
 
         verify: whether samples are checked when they are first read; what is fetched always is. max_skipped: share of
         the samples that may be left out, one always may. report: where they are written down, a JSON object a line.
-        connections: files that are fetched at the same time. readers: processes of this node that share the cache.
+        connections: files that are fetched at the same time. readers: of the cache, over all processes of the node.
         """
         card = split.card
         self.sequences = max(0, card.tokens - 1) // sequence_length
@@ -88,7 +88,7 @@ class TokenSource:
         self._skip = on_error == "skip"
         self._quarantine = Quarantine(split, on_error, max_skipped, report)
         self._samples = samples_of(split, open_shards, connections, readers, size_matters=not self._skip)
-        self._refuse_small_cache(shuffle_window)
+        self.cache_bytes = self._two_windows(shuffle_window)
         self._state = np.full(card.samples, _UNKNOWN if verify == "first" else _SOUND, dtype=np.uint8)
         self._look_through = verify == "never" and card.vocab_size < 2 ** (8 * np.dtype(card.dtype).itemsize)
         self._replaced = 0
@@ -131,6 +131,10 @@ class TokenSource:
             "replaced_sequences": self._replaced,
         }
 
+    def epochs(self, ordinal: int) -> float:
+        """Passes over the source that the sequences before this one make."""
+        return ordinal / self.sequences
+
     def state(self, ordinal: int) -> dict[str, Any]:
         """Nothing: the ordinal says it all."""
         return {}
@@ -143,20 +147,18 @@ class TokenSource:
         """Nothing to know."""
 
     def close(self) -> None:
-        """Let go of the shards, and end what fetches them."""
-        self._samples.close()
+        """Let go of the shards, and end what fetches them; a read that waits for a store ends with a DataError."""
+        if self._split.store is not None:
+            self._split.store.close()
+        with self._reading:  # files are not closed under a read: their numbers would be another file's
+            self._samples.close()
 
-    def _refuse_small_cache(self, shuffle_window: int) -> None:
-        """A window that does not stay in the cache would be fetched again for every batch."""
-        if not isinstance(self._samples, CachedSamples) or self._split.cache is None:
-            return
-        sizes, limit = self._samples.sizes, self._split.cache.limit
-        window = shuffle_window * int(np.ceil(sizes.mean()))
-        if self._split.store is not None and (needed := min(2 * window, int(sizes.sum()))) > limit:
-            raise UsageError(
-                f"{self._split.place}: the cache's limit is {limit} bytes, and two shuffle windows take {needed}; "
-                "raise the limit, or lower shuffle_window"
-            )
+    def _two_windows(self, shuffle_window: int) -> int:
+        """Bytes of the cache: a window that does not stay in it would be fetched again for every batch."""
+        if not isinstance(self._samples, CachedSamples):
+            return 0
+        sizes = self._samples.sizes
+        return min(2 * shuffle_window * int(np.ceil(sizes.mean())), int(sizes.sum()))
 
     def _starts(self, epochs: Integers, places: Integers) -> Integers:
         """The first token of the sequence at each place of an epoch."""

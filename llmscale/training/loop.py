@@ -37,7 +37,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """data_seconds: waited for the batch. step_seconds: the whole step, that wait included."""
+    """Of this rank. data_seconds: waited for the batch. step_seconds: the whole step, that wait included."""
 
     data_seconds: float
     step_seconds: float

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -230,12 +230,16 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
 
     ahead = stack.enter_context(loader(run.train, seen.sequences, config.training.steps - seen.steps))
+    for stream in filter(None, (run.train, run.validation)):
+        stack.callback(stream.close)  # before the loader: a store that does not answer would hold it up
     if config.training.steps == 0 and config.checkpoint.interval and checkpoint is None:
         write(0)
 
     def step(number: int, result: StepResult, rate: float, times: StepTimes) -> None:
         position = seen.sequences + (number - seen.steps) * config.training.global_batch_size
         skips = config.data.on_error == "skip"
+        # All ranks wait for the one whose batch comes last.
+        times = replace(times, data_seconds=_most_of_ranks(times.data_seconds))
         recorder.step(number, result, rate, times, {**_data_figures(run.train, position, skips), **figures})
         figures.clear()
 
@@ -243,7 +247,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     validate = partial(validation, run.validation) if run.validation else None
     last = seen.steps
     # Asked before there was a step to save: the ranks end at once, together.
-    early = _any_rank(stop.received() is not None)
+    early = _most_of_ranks(stop.received() is not None) > 0
     if not early:
         try:
             last = train(engine, ahead, validate, rate, config, seen.steps, events)
@@ -265,11 +269,11 @@ class Ended:
     stopped: bool
 
 
-def _any_rank(flag: bool) -> bool:
-    """Whether it is true on any rank; called by all of them."""
-    found = torch.tensor(int(flag), device=torch.cuda.current_device())
+def _most_of_ranks(value: float) -> float:
+    """The largest that any rank gives; called by all of them."""
+    found = torch.tensor(float(value), dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    return found.item()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -263,6 +264,40 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_p
     train(configs[1], 1, tmp_path)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{steps:08d}") for name in ("killed", "whole")]
+    assert_equal_state(*saved)
+
+
+def killed_before(step: int, rank: int, path: str) -> None:
+    """A run that is killed, on one rank, as it begins a step: while the save of the one before is being written."""
+    from llmscale.training import run
+
+    rate = run.learning_rate
+
+    def dying(schedule: Any, base: float, number: int, steps: int) -> float:
+        if number == step and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rate(schedule, base, number, steps)
+
+    run.learning_rate = dying
+    command("pretrain", path)
+
+
+def test_a_run_that_is_killed_at_every_step_on_either_rank_goes_on_as_if_nothing_had_been(
+    corpus: Path, tmp_path: Path
+) -> None:
+    configs = []
+    for name in ("whole", "killed"):
+        config = config_of(Case(1, False, 1, 1, 2, zero=1), corpus, tmp_path / name, "bf16")
+        config["checkpoint"] = {"interval": 2}
+        configs.append(config)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    train(configs[0], 2, tmp_path)
+    for step in range(1, STEPS + 1):
+        with pytest.raises(AssertionError, match=f"rank {step % 2} died"):
+            in_processes(2, killed_before, step, step % 2, str(tmp_path / "killed.yaml"))
+    train(configs[1], 2, tmp_path)
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{STEPS:08d}") for name in ("killed", "whole")]
     assert_equal_state(*saved)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from llmscale.data import tokenizer
+from llmscale.data import text_shards, tokenizer
 from llmscale.data.text_shards import describe
 from tests.distributed.layouts import Case
 from tests.distributed.test_matrix import run_config, train
+from tests.unit.data.servers import Proxy, proxy, s3, upload
 
+__all__ = ["proxy", "s3"]
 STEPS = 6
 
 
@@ -65,3 +70,32 @@ def test_a_run_on_text_stops_on_two_ranks_and_goes_on_on_others(mixed: bool, tex
         train(config, case.world_size, tmp_path)
         for one, two in zip(whole, rows_of(output), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_a_run_that_is_done_does_not_wait_for_what_a_store_does_not_give(
+    text: Path, proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next window is read ahead, in threads that an exit of the interpreter would wait for."""
+    monkeypatch.setattr(text_shards, "PIECE_BYTES", 4 << 10)
+    (tmp_path / "tars").mkdir()
+    for tar in text.parent.glob("*.tar"):
+        shutil.copyfile(tar, tmp_path / "tars" / f"shard-{tar.name}")
+    url = upload(s3[1], tmp_path / "tars", "stalls")
+    described = tmp_path / "described"
+    describe([f"{url}/*.tar"], text.parent / "tokenizer.json", described, streams=1)
+    config = run_config(Case(), described, tmp_path / "run", "fp32")
+    config["model"] |= {"vocab_size": 304}
+    config["training"] |= {"steps": 2}
+    config["checkpoint"] = {"interval": 0}
+    config["data"] |= {"cache": str(tmp_path / "cache")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    proxy.requests.clear()
+    proxy.plan.extend(["pass"] * 4)  # the first window
+    proxy.forever = "stall"
+    done = subprocess.run(
+        [sys.executable, "-m", "llmscale", "pretrain", str(tmp_path / "run.yaml")],
+        timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows_of(tmp_path / "run")) == 2
+    assert sum(count for name, count in proxy.requests.items() if name.startswith("shard-")) > 4

@@ -117,6 +117,37 @@ def test_a_batch_that_does_not_divide_is_refused(sources: Sources) -> None:
         Loader(Stream(sources, 16, seed=1), 5, world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 5, "world_size": 4}, "rank 5 of 4: ranks count from 0 to 3"),
+        ({"rank": -1, "world_size": 4}, "rank -1 of 4"),
+        ({"world_size": 0}, "rank 0 of 0"),
+        ({"position": -8}, "position -8: give the number"),
+    ],
+)
+def test_a_rank_or_a_position_that_there_is_none_of_is_refused(
+    options: dict[str, int], message: str, sources: Sources
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(Stream(sources, 16, seed=1), 4, **options)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        Loader(Stream(sources, 16, seed=1), 0)
+
+
+def test_a_loader_of_a_resumed_stream_goes_on_where_the_state_was_taken(sources: Sources) -> None:
+    with Loader(Stream(sources, 16, seed=1), 4, collate=keep) as loader:
+        for _ in range(3):
+            next(loader)
+        state = loader.state()
+        wanted = next(loader)
+    stream = Stream(sources, 16, seed=1)
+    stream.resume(state)
+    with Loader(stream, 4, collate=keep) as again:
+        assert np.array_equal(next(again), wanted)
+        assert again.position == 16
+
+
 def test_a_broken_shard_reaches_the_reader(sources: Sources) -> None:
     shard = Path(sources[0][0]) / "shard-00000.tar"
     stream = Stream(sources, 16, seed=1)

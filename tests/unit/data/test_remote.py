@@ -19,10 +19,12 @@ from llmscale.data.cache import Cache
 from llmscale.data.shards import SplitWriter
 from llmscale.data.split import Split
 from llmscale.data.store import Patience
+from llmscale.data.stream import Reading, Stream
 from llmscale.data.token_source import TokenSource
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 
+from .conftest import WriteSplit
 from .servers import Proxy, proxy, s3, upload
 
 __all__ = ["proxy", "s3"]
@@ -271,9 +273,34 @@ def test_a_reader_that_is_killed_leaves_a_cache_that_works(
 
 
 def test_a_cache_too_small_for_two_windows_is_refused(place: str, proxy: Proxy, tmp_path: Path) -> None:
-    split = Split(place, Cache(tmp_path / "cache", 4_000), CALM)
+    reading = Reading(shuffle_window=8, cache=tmp_path / "cache", cache_bytes=4_000)
     with pytest.raises(UsageError, match=r"s3://data/whole: the cache's limit is 4000 bytes, and two shuffle windows"):
-        source(split, shuffle_window=8)
+        Stream([(place, 1.0)], LENGTH, 3, reading)
+
+
+def test_sources_that_share_a_cache_need_two_windows_each_and_look_ahead_over_half_of_it_together(
+    write_split: WriteSplit, tmp_path: Path
+) -> None:
+    memory = fsspec.filesystem("memory")
+    names = ("one", "two", "three")
+    for name in names:
+        for path in write_split(name, [4095] * 40, sample_tokens=4096).iterdir():
+            memory.pipe_file(f"/shared/{name}/{path.name}", path.read_bytes())
+    sources = [(f"memory://shared/{name}", 1.0) for name in names]
+
+    def stream(count: int, limit: int) -> Stream:
+        return Stream(sources[:count], 256, 1, Reading(shuffle_window=10, cache=tmp_path / "c", cache_bytes=limit))
+
+    limit = 2 * 10 * 18_800  # two windows of one of them
+    stream(1, limit).close()
+    with pytest.raises(
+        UsageError, match=rf"one, .*three: the cache's limit is {limit} bytes, and two shuffle windows of each take"
+    ):
+        stream(3, limit)
+    all_three = stream(3, 3 * limit)
+    ahead = [one._samples._fetcher._ahead for one in all_three._sources]  # type: ignore[attr-defined]
+    assert ahead == [9, 9, 9]
+    all_three.close()
 
 
 @pytest.mark.parametrize("command", ["cat {folder}/{name}", "cat {folder}/{name} | cat"])
@@ -290,6 +317,10 @@ def test_a_command_gives_what_the_folder_has(command: str, folder: Path, cache: 
     [
         ("cat /nowhere/{name}", r"pipe:cat /nowhere/card\.json: \d+ attempts in \d+ s failed, .*exit status 1: cat: "),
         ("sleep 60; echo {name}", r"card\.json: .* failed, the last with: TimeoutError: no byte within 0\.3 s"),
+        (  # one byte after the other, faster than an attempt's patience
+            "for i in $(seq 80); do printf x; sleep 0.05; done # {name}",
+            r"card\.json: .* failed, the last with: TimeoutError: \d+ bytes within 0\.3 s",
+        ),
         ("yes {name}", r"pipe:yes card\.json: gives more than \d+ bytes"),
         ("echo {name}", r"pipe:echo card\.json: the whole file: Invalid JSON"),
     ],

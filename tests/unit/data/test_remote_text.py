@@ -19,7 +19,7 @@ from llmscale.data.stream import Reading, Stream
 from llmscale.data.text_shards import TextSplit, describe
 from llmscale.data.text_source import TextSource
 from llmscale.data.verify import verify
-from llmscale.errors import DataError
+from llmscale.errors import DataError, UsageError
 
 from .conftest import sentence
 from .servers import Proxy, proxy, s3, upload
@@ -181,6 +181,14 @@ def test_a_shard_that_is_gone_or_changed_is_named_or_left_out(
     assert {row["url"] for row in rows} == {f"{url}/shard-1.tar"}
     assert all(row["piece"].startswith("at byte ") and "differs" in row["reason"] for row in rows)
     one.close()
+
+
+def test_a_cache_too_small_for_the_windows_of_all_streams_is_refused(
+    described: Path, proxy: Proxy, tmp_path: Path
+) -> None:
+    reading = Reading(cache=tmp_path / "cache", cache_bytes=20_000)
+    with pytest.raises(UsageError, match=r"described: the cache's limit is 20000 bytes, and two shuffle windows take"):
+        Stream([(str(described), 1.0)], 16, 5, reading)
 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(

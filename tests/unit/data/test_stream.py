@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmscale.data import stream as streams
 from llmscale.data.split import Split
-from llmscale.data.stream import Stream
+from llmscale.data.stream import Reading, Stream
 from llmscale.errors import DataError, UsageError
 
 from .conftest import WriteSplit, row_of_tokens
@@ -184,6 +184,22 @@ def test_more_shards_than_may_be_mapped_at_once(write_split: WriteSplit, monkeyp
     stream = Stream([(str(folder), 1.0)], 100, seed=3)
     assert np.array_equal(stream.read(range(80)), wanted)
     assert len(stream._sources[0]._samples.files) <= 8
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_share_is_refused_by_source(weight: float, write_split: WriteSplit) -> None:
+    good, bad = str(write_split("good", [30] * 40)), str(write_split("bad", [30] * 40))
+    with pytest.raises(UsageError, match=rf"bad: the weight {weight} is no share of a mixture; give a positive number"):
+        Stream([(good, 1.0), (bad, weight)], 16, seed=1)
+
+
+def test_lengths_and_counts_below_one_are_refused_by_name(write_split: WriteSplit) -> None:
+    sources = [(str(write_split("a", [30] * 40)), 1.0)]
+    with pytest.raises(UsageError, match="sequence_length 0: give at least 1"):
+        Stream(sources, 0, seed=1)
+    for reading in (Reading(shuffle_window=0), Reading(workers=0), Reading(readers=0), Reading(cache_bytes=-1)):
+        with pytest.raises(UsageError, match=r"(shuffle_window|workers|readers|cache_bytes) -?\d: give at least 1"):
+            Stream(sources, 16, seed=1, reading=reading)
 
 
 def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.cli.data import command
-from llmscale.data import text_shards
+from llmscale.data import text_shards, tokenizer
 from llmscale.data.loader import Loader
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
@@ -206,6 +206,21 @@ def test_going_back_and_far_ahead_is_slow_and_right(described: Described) -> Non
     assert np.array_equal(resumed.read([899, 3, 600]), reference[[899, 3, 600]])
 
 
+def test_reading_the_same_again_and_again_keeps_no_more_text_in_memory(described: Described) -> None:
+    """As validation does: what lies behind is known by then, and is read anew."""
+    stream = Stream([(str(described()), 1.0)], 16, seed=1)
+    source = stream._sources[0]
+    assert isinstance(source, TextSource)
+    passes = []
+    for _ in range(3):
+        with Loader(stream, 8, batches=240, collate=keep) as loader:
+            passes.append(np.concatenate(list(loader)))
+        assert max(len(track._windows) for track in source._tracks) <= 3
+    assert np.array_equal(passes[0], passes[1]) and np.array_equal(passes[0], passes[2])
+    assert len(source._tracks[0]._ends) > 6
+    stream.close()
+
+
 def test_two_runs_are_equal_and_seeds_are_not(described: Described) -> None:
     folder = str(described())
     one, two, other = (Stream([(folder, 1.0)], 16, seed).read(range(200)) for seed in (1, 1, 2))
@@ -246,7 +261,7 @@ def test_text_and_token_shards_mix(described: Described, corpus: Path, tokenizer
     stream = Stream(sources, 32, seed=2)
     stream.read(range(200))
     assert stream.counts(200) == (50, 150)
-    assert stream.epochs(200)[0] is None
+    assert stream.epochs(200)[0] == stream._sources[0].epochs(50) is not None
     again = Stream(list(reversed(sources)), 32, seed=2)
     assert again.resume(stream.state(80)) == []
     assert again.counts(80) == (60, 20)
@@ -255,6 +270,74 @@ def test_text_and_token_shards_mix(described: Described, corpus: Path, tokenizer
     alone = [Stream([source], 32, seed=2) for source in reversed(sources)]
     for row, number, ordinal in zip(again.read(range(80, 120)), numbers.tolist(), ordinals.tolist(), strict=True):
         assert np.array_equal(row, alone[number].read([ordinal])[0])
+
+
+def test_shards_that_moved_and_were_described_again_go_on(
+    described: Described, shards: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    stream = Stream([(str(described()), 1.0)], 16, seed=1)
+    reference = stream.read(range(130))
+    state = stream.state(100)
+    elsewhere = Path(shutil.copytree(shards, tmp_path / "far" / "away"))
+    describe([str(elsewhere)], tokenizer_json, tmp_path / "far" / "text", streams=4)
+    moved = Stream([(str(tmp_path / "far" / "text"), 1.0)], 16, seed=1)
+    assert moved.resume(state) == []
+    assert np.array_equal(moved.read(range(100, 130)), reference[100:])
+    stream.close()
+    moved.close()
+
+
+@pytest.mark.parametrize("change", ["streams", "tokenizer", "text key", "end of document", "a shard"])
+def test_what_is_read_otherwise_is_another_source_and_begins_anew(change: str, shards: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(shards, tmp_path / "source"))
+    for path in source.iterdir():  # .txt alone, which any text key leaves as it is
+        write_shard(path, [(f"{path.stem}-{number}.txt", text_of(number).encode()) for number in range(40)])
+    texts = [text_of(number) for number in range(40)]
+    tokenizers = [tmp_path / f"{size}.json" for size in (300, 320)]
+    for size, path in zip((300, 320), tokenizers, strict=True):
+        tokenizer.write(tokenizer.train(texts, size, ("<|end|>", "<|stop|>")), path)
+    folder, inputs = tmp_path / "text", [str(source / "*.tar")]
+    describe(inputs, tokenizers[0], folder, streams=4, end_of_document="<|end|>")
+    stream = Stream([(str(folder), 1.0)], 16, seed=1)
+    stream.read(range(100))
+    state = stream.state(100)
+    stream.close()
+    if change == "a shard":
+        write_shard(source / "part-2.tar", [("1.txt", text_of(7).encode())])
+    describe(
+        inputs, tokenizers[change == "tokenizer"], folder,
+        streams=3 if change == "streams" else 4,
+        text_key="other" if change == "text key" else "text",
+        end_of_document="<|stop|>" if change == "end of document" else "<|end|>",
+    )  # fmt: skip
+    other = Stream([(str(folder), 1.0)], 16, seed=1)
+    assert other.resume(state) == [f"{folder} has changed: it begins at its first sequence"]
+    assert other.counts(100) == (0,)
+    other.close()
+
+
+def test_the_passes_over_text_are_the_windows_that_were_read(described: Described, tokenizer_json: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_json)
+    total = sum(len(tokenizer.encode(text_of(number))) + 1 for number in range(DOCUMENTS))
+    ranks = [Stream([(str(described()), 1.0)], 16, seed=1) for _ in range(2)]
+    positions = range(0, 2 * total // 16, 20)
+    for rank, stream in enumerate(ranks):
+        assert stream.epochs(total // 16) == (None,)
+        # A window is a ninth of a stream's epoch, and a count of whole ones up to that behind.
+        assert stream._sources[0].windows(0) == 9  # type: ignore[attr-defined]
+        passes = []
+        for position in positions:
+            with Loader(stream, 20, rank=rank, world_size=2, position=position, batches=1, collate=keep) as loader:
+                next(loader)
+            passes.append(stream.epochs(position)[0])
+        wanted = np.array(positions) * 16 / total
+        assert passes == sorted(passes)
+        assert np.all(np.array(passes) > wanted - 0.3) and np.all(np.array(passes) < wanted + 0.1)
+    resumed = Stream([(str(described()), 1.0)], 16, seed=1)
+    resumed.resume(resumed.merge([stream.state(positions[-1]) for stream in ranks]))
+    assert resumed.epochs(positions[-1])[0] == pytest.approx(passes[-1], abs=0.1)
+    for stream in (*ranks, resumed):
+        stream.close()
 
 
 def test_the_state_does_not_grow_with_the_data(described: Described) -> None:
