@@ -15,6 +15,9 @@ from typing import ClassVar, Literal, Protocol
 from llmscale.errors import DataError
 
 OnError = Literal["stop", "skip"]
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What every rank that looks finds. Any other error of the system is this machine's own and breaks no unit: were it
+left out, ranks of one tensor-parallel group would read different batches."""
 
 
 class Broken(Exception):
@@ -44,6 +47,14 @@ class Units(Protocol):
 
     def where(self, name: str) -> str:
         """What to call a shard: its path, or its URL."""
+
+
+def unreadable(where: str, error: OSError) -> DataError:
+    """What ends the run where this machine cannot read a shard, whatever stands in it."""
+    return DataError(
+        f"{where}: cannot be read on this machine: {error.strerror or error}; check its file system and its limit on "
+        "open files, and start again"
+    )
 
 
 def message(source: Units, broken: Broken) -> str:

@@ -8,8 +8,9 @@ GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, FSSPEC_S3_ANON=true, ~/.config/fsspec/
 
 Whatever a store does, a call ends: an attempt that has not answered after `attempt_seconds` is given up, and attempts
 end after `total_seconds`, with a delay between them that doubles and is drawn at random, so that a thousand ranks do
-not come back together. A file that is not there, or not for us, fails at once; one whose bytes are too few or wrong,
-after `DOUBTS` attempts: a connection may have lost them, a damaged file stays damaged.
+not come back together. A file that is not there, or not for us, fails at once; one that is too short by what the store
+itself says, or whose bytes are wrong, after `DOUBTS` attempts: a damaged file stays damaged. Too few bytes of a file that
+the store calls long enough are the connection's fault, and no attempt less.
 """
 
 from __future__ import annotations
@@ -225,7 +226,9 @@ class UrlStore(Store):
                 )
             self._counters.add(bytes_fetched=len(data))
             if len(data) < end - start:
-                raise Doubtful(f"{len(data)} of the {end - start} bytes from byte {start} came")
+                came = f"{len(data)} of the {end - start} bytes from byte {start} came"
+                size = self._call("info", name)["size"]
+                raise Doubtful(came) if size is not None and size < end else ConnectionError(came)
             if problem := check(data):
                 raise Doubtful(problem)
             return data

@@ -30,7 +30,7 @@ from llmscale.data.cache import Cache
 from llmscale.data.durable import write_whole
 from llmscale.data.inputs import InputFile, find
 from llmscale.data.pipe_store import open_store
-from llmscale.data.quarantine import Broken
+from llmscale.data.quarantine import NOT_THERE, Broken, unreadable
 from llmscale.data.records import Record, read_record
 from llmscale.data.store import Counters, Damaged, Missing, Patience, UrlStore, is_remote, split_url
 from llmscale.data.tars import samples
@@ -156,7 +156,8 @@ class TextSplit:
         """The documents of a piece, in the order of the tar: UTF-8, as good as it was.
 
         Raises:
-            Broken: the shard is missing, has changed, or is damaged. DataError: its store cannot be reached.
+            Broken: the shard is missing, has changed, or is damaged. DataError: it cannot be read here, or its store
+            not be reached.
         """
         shard, piece = self.pieces[number]
         where = self.where(shard.path)
@@ -187,10 +188,10 @@ class TextSplit:
                     raise Broken(number, shard.path, reason, whole=True)
                 file.seek(piece.offset)
                 return file.read(piece.bytes)
-        except FileNotFoundError:
+        except NOT_THERE:
             raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except OSError as error:
-            raise Broken(number, shard.path, f"the shard cannot be read: {error.strerror}", whole=True) from None
+            raise unreadable(str(path), error) from None
 
     def _fetched(self, number: int, url: str) -> bytes:
         """A piece of a store, through the cache; a copy there that was damaged is fetched again."""

@@ -20,7 +20,8 @@ The first pass, with its checks, makes 0.47 G.
 Broken samples, with on_error="skip": a sequence that takes inputs from one, or whose last label cannot be had, is
 replaced by the next sound sequence of the same window's order, which begins again at its start. That is a function of
 which samples are broken and of nothing else: all ranks and batches see the same stream, in which some sequences of the
-window come twice. A store that cannot be reached breaks no sample; it stops the run.
+window come twice. A store that cannot be reached, or a disk that this machine cannot read, breaks no sample; it stops
+the run.
 """
 
 from __future__ import annotations
@@ -246,8 +247,14 @@ class TokenSource:
             target: Any = out[row] if buffer is None else buffer
             if more:
                 self._fill_across(target, sample, place, labels)
-            elif os.preadv(files.get(unit) or self._samples.file(sample), [target], offset) != whole:
-                raise self._cut_short(sample)
+            else:
+                file = files.get(unit) or self._samples.file(sample)
+                try:
+                    count = os.preadv(file, [target], offset)
+                except OSError as error:
+                    raise self._samples.unreadable(sample, error) from None
+                if count != whole:
+                    raise self._cut_short(sample)
             if buffer is not None:
                 out[row] = buffer
             if self._look_through and int(target.max()) >= self.vocab_size:
@@ -264,7 +271,12 @@ class TokenSource:
                 return
             part = target[done : done + size - place]
             offset = int(self._samples.byte_of[sample]) + place * self.dtype.itemsize
-            if os.preadv(self._samples.file(sample), [part.data], offset) != part.nbytes:
+            file = self._samples.file(sample)
+            try:
+                count = os.preadv(file, [part.data], offset)
+            except OSError as error:
+                raise self._samples.unreadable(sample, error) from None
+            if count != part.nbytes:
                 raise self._cut_short(sample)
             done, sample, place = done + len(part), sample + 1, 0
 

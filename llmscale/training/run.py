@@ -33,7 +33,7 @@ from llmscale.errors import CheckpointError, ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
 from llmscale.models.stage import build_stages
 from llmscale.training import report, state
-from llmscale.training.batches import Batch, micro_batches
+from llmscale.training.batches import Batch, Checked, agreed
 from llmscale.training.engine import Engine, quiet_deepspeed
 from llmscale.training.learning_rate import learning_rate
 from llmscale.training.loop import Events, StepResult, StepTimes, train
@@ -187,7 +187,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         for note in seen.notes:
             recorder.note(f"data: {note}")
 
-    def loader(stream: Stream, position: int, batches: int) -> Loader[list[Batch]]:
+    def loader(stream: Stream, position: int, batches: int) -> Loader[Checked]:
         end = stream.end_of_document if config.data.mask_documents else None
         return Loader(
             stream,
@@ -197,7 +197,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             position=position,
             batches=batches,
             prefetch=PREFETCH,
-            collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device, end),
+            collate=lambda rows: Checked.of(rows, config.training.micro_batch_size, device, end),
         )
 
     saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
@@ -224,7 +224,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     def validation(stream: Stream) -> Iterator[list[Batch]]:
         with loader(stream, 0, config.training.validation_batches) as batches:
-            yield from batches
+            yield from agreed(batches, groups.model, device)
 
     def rate(step: int) -> float:
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
@@ -246,7 +246,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     early = _any_rank(stop.received() is not None)
     if not early:
         try:
-            last = train(engine, ahead, validate, rate, config, seen.steps, events)
+            read = agreed(ahead, groups.model, device)
+            last = train(engine, read, validate, rate, config, seen.steps, events)
         except TrainingError:  # on all ranks alike: what is being saved is worth its time
             saver.wait()
             raise

@@ -123,6 +123,25 @@ def test_a_broken_sample_stops_the_run_with_shard_and_sample(whole: Path, tmp_pa
     assert read(source(folder, verify="never")).shape[1] == 17
 
 
+@pytest.mark.parametrize("target", ["shard-00001.tar", "/proc/self/mem"])  # ELOOP when opened, EIO when read
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_what_this_machine_cannot_read_stops_the_run_and_breaks_nothing(
+    on_error: Any, target: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "split"
+    shutil.copytree(whole, folder)
+    one = source(folder, on_error=on_error, report=tmp_path / "report")
+    (folder / "shard-00001.tar").unlink()
+    (folder / "shard-00001.tar").symlink_to(target)
+    wanted = r"shard-00001\.tar: cannot be read on this machine: .*; check its file system"
+    if on_error == "stop" and target == "/proc/self/mem":  # its size is looked at first
+        wanted = r"shard-00001\.tar: sample .* the shard has 0 bytes"
+    with pytest.raises(DataError, match=wanted):
+        read(one)
+    assert one.counters()["skipped_samples"] == 0
+    assert not (tmp_path / "report").exists()
+
+
 def cut(folder: Path) -> None:
     path, offset = place_of(folder, 4)
     path.write_bytes(path.read_bytes()[: offset + 20])

@@ -113,6 +113,18 @@ def test_what_fails_now_and_then_is_asked_again_and_right(
     one.close()
 
 
+def test_answers_that_are_too_short_time_and_again_do_not_make_a_whole_shard_a_broken_one(
+    place: str, proxy: Proxy, local: np.ndarray, cache: Cache
+) -> None:
+    one = source(Split(place, cache, CALM), on_error="skip", max_skipped=1.0)
+    proxy.plan.extend(["shorten"] * 12)
+    assert np.array_equal(read(one, 1), local[:1])
+    assert one.counters()["retries"] == 12
+    assert np.array_equal(read(one), local)
+    assert one.counters()["skipped_samples"] == 0
+    one.close()
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [

@@ -327,6 +327,19 @@ def test_a_broken_piece_is_left_out_for_everyone_and_written_down(
         source.close()
 
 
+def test_a_shard_that_this_machine_cannot_read_stops_the_run_and_breaks_nothing(
+    described: Described, shards: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    source = TextSource(TextSplit(described(source=copy)), 16, 1, on_error="skip", max_skipped=1.0)
+    (copy / "part-2.tar").unlink()
+    (copy / "part-2.tar").symlink_to("part-2.tar")
+    with pytest.raises(DataError, match=r"part-2\.tar: cannot be read on this machine: Too many levels of symbolic"):
+        source.read(np.arange(900), np.arange(900), np.empty((900, 17), dtype=np.uint16))
+    assert source.counters()["skipped_samples"] == 0
+    source.close()
+
+
 def test_verify_names_each_broken_shard(described: Described, shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     folder = described(source=copy)
