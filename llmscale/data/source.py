@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llmscale.data.quarantine import Quarantine
 from llmscale.data.shards import Tokens
 
 Integers = npt.NDArray[np.int64]
@@ -25,6 +26,8 @@ class Source(Protocol):
     dtype: np.dtype[Any]
     fingerprint: str
     """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""
+    quarantine: Quarantine
+    """What of it is broken and left out."""
 
     @property
     def sequences(self) -> int | None:

@@ -9,8 +9,8 @@ GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, FSSPEC_S3_ANON=true, ~/.config/fsspec/
 Whatever a store does, a call ends: an attempt that has not answered after `attempt_seconds` is given up, and attempts
 end after `total_seconds`, with a delay between them that doubles and is drawn at random, so that a thousand ranks do
 not come back together. A file that is not there, or not for us, fails at once; one that is too short by what the store
-itself says, or whose bytes are wrong, after `DOUBTS` attempts: a damaged file stays damaged. Too few bytes of a file that
-the store calls long enough are the connection's fault, and no attempt less.
+itself says, or whose bytes are wrong, after `DOUBTS` attempts: a damaged file stays damaged. Too few bytes of a file
+that the store calls long enough are the connection's fault, and asked for again as long as there is patience.
 """
 
 from __future__ import annotations

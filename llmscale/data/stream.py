@@ -20,7 +20,7 @@ import numpy as np
 
 from llmscale.data.cache import Cache
 from llmscale.data.mixture import Mixture
-from llmscale.data.quarantine import OnError
+from llmscale.data.quarantine import LeftOut, OnError
 from llmscale.data.source import Integers, Source
 from llmscale.data.split import Split
 from llmscale.data.store import is_remote
@@ -134,7 +134,7 @@ class Stream:
         )
 
     def state(self, position: int) -> dict[str, Any]:
-        """What it takes to go on at this position, as JSON; its size does not grow with the data."""
+        """What it takes to go on at this position, as JSON; its size does not grow with the data that is sound."""
         parts = zip(self._paths, self._sources, self._mixture.weights, self._bases, self.counts(position), strict=True)
         sources = [
             {
@@ -144,6 +144,7 @@ class Stream:
                 "base": int(base),
                 "sequences": count,
                 "state": dict(source.state(count)),
+                "left_out": source.quarantine.state(count),
             }
             for path, source, weight, base, count in parts
         ]
@@ -157,9 +158,16 @@ class Stream:
         }
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One of the states that all ranks gave at the same position: each knows the sequences that it read."""
+        """One of the states that ranks of different sequences gave at the same position: each knows what it read.
+
+        Takes up what the others have left out. Raises DataError where that is too much of a source.
+        """
         sources = [
-            {**own[0], "state": dict(source.merge([one["state"] for one in own]))}
+            {
+                **own[0],
+                "state": dict(source.merge([one["state"] for one in own])),
+                "left_out": source.quarantine.merge([one["left_out"] for one in own]),
+            }
             for source, *own in zip(self._sources, *(state["sources"] for state in states), strict=True)
         ]
         return {**states[0], "sources": sources}
@@ -199,11 +207,17 @@ class Stream:
             left.remove(found)
             self._bases[number] = found["base"] if same else found["sequences"]
             source.resume(found["state"])
+            source.quarantine.resume(found.get("left_out", {}))
             weight = self._mixture.weights[number]
             if weight != found["weight"]:
                 notes.append(f"{path}: weight {found['weight']:g} -> {weight:g}, goes on at {found['sequences']:,}")
         gone = [one for one in left if one["path"] not in self._paths]
         return notes + [f"{one['path']} is left out, after {one['sequences']:,} sequences" for one in gone]
+
+    def left_out(self, position: int) -> LeftOut:
+        """What of all sources is broken, and how many of the first `position` sequences others were read for."""
+        parts = zip(self._sources, self.counts(position), strict=True)
+        return sum((source.quarantine.left_out(count) for source, count in parts), LeftOut())
 
     def counters(self) -> dict[str, float]:
         """What this process left out of all sources, and what fetching took."""

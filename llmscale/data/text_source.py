@@ -92,7 +92,7 @@ class TextSource:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
         self._readers = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="read")
         self._tracks = [_Track(self, number) for number in range(card.streams)]
-        self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self.quarantine = Quarantine(split, on_error, max_skipped, report)
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals into rows of out."""
@@ -127,7 +127,7 @@ class TextSource:
     def counters(self) -> dict[str, float]:
         """What was left out, and what fetching took."""
         fetching = self._split.cache.counters.as_dict() if self._split.cache else {}
-        return {**fetching, "skipped_samples": len(self._quarantine)}
+        return {**fetching, "skipped_samples": len(self.quarantine)}
 
     def close(self) -> None:
         """End the threads."""
@@ -180,7 +180,7 @@ class TextSource:
         try:
             found = self._split.documents(piece)
         except Broken as broken:
-            self._quarantine.add(broken)
+            self.quarantine.add(broken)
             return []
         return [data for data in found if len(data) > documents.PIECE_BYTES or _text(data).strip()]
 

@@ -87,12 +87,11 @@ class TokenSource:
         self._length = sequence_length
         self._order = Order(self.sequences, max(1, card.sample_tokens // sequence_length), shuffle_window, seed)
         self._skip = on_error == "skip"
-        self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self.quarantine = Quarantine(split, on_error, max_skipped, report)
         self._samples = samples_of(split, open_shards, connections, readers, size_matters=not self._skip)
         self._refuse_small_cache(shuffle_window)
         self._state = np.full(card.samples, _UNKNOWN if verify == "first" else _SOUND, dtype=np.uint8)
         self._look_through = verify == "never" and card.vocab_size < 2 ** (8 * np.dtype(card.dtype).itemsize)
-        self._replaced = 0
         self._reading = threading.Lock()
         self.tokenizer = split.tokenizer
         self.tokenizer_sha256 = card.tokenizer_sha256
@@ -110,7 +109,7 @@ class TokenSource:
             try:
                 for row in self._unsound(starts, labels).tolist():
                     starts[row] = self._replacement(int(epochs[row]), int(places[row]), labels)
-                    self._replaced += 1
+                    self.quarantine.replace(int(ordinals[row]))
                 self._copy(starts, labels, rows, out)
             except Broken as broken:
                 raise DataError(message(self._split, broken)) from None
@@ -126,10 +125,11 @@ class TokenSource:
 
     def counters(self) -> dict[str, float]:
         """What fetching took, all sources of the cache together, and what was left out of this one."""
+        left = self.quarantine.left_out()
         return {
             **self._samples.counters.as_dict(),
-            "skipped_samples": len(self._quarantine),
-            "replaced_sequences": self._replaced,
+            "skipped_samples": left.units,
+            "replaced_sequences": left.carried + left.replaced,
         }
 
     def state(self, ordinal: int) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class TokenSource:
                 self._leave_out(broken)
 
     def _leave_out(self, broken: Broken) -> None:
-        self._quarantine.add(broken)
+        self.quarantine.add(broken)
         self._state[broken.unit] = _BROKEN
 
     def _replacement(self, epoch: int, place: int, labels: dict[int, int]) -> int:

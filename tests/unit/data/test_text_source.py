@@ -317,7 +317,7 @@ def test_a_broken_piece_is_left_out_for_everyone_and_written_down(
     assert np.array_equal(*outs)
     assert sources[0].counters() == {"skipped_samples": 1}
     rows = [json.loads(line) for line in report.read_text().splitlines()]
-    assert len(rows) == 2 and rows[0] == rows[1]
+    assert len(rows) == 1
     assert rows[0]["shard"].endswith("part-2.tar") and "checksum differs" in rows[0]["reason"]
     break_shard(copy / "part-3.tar", "missing")
     third = TextSource(split, 16, 1, on_error="skip", report=report)
