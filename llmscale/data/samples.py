@@ -33,6 +33,7 @@ class Samples(ABC):
     """The samples of a split, each in a file: of its own or its shard's."""
 
     def __init__(self, split: Split, open_files: int) -> None:
+        """open_files: so many are kept open from one read to the next; one is while it is read."""
         self._split = split
         self._open_files = open_files
         self.files: dict[int, int] = {}
@@ -56,7 +57,7 @@ class Samples(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Close the files that another process may want to evict."""
+        """A read is over: close the files that are not to be kept open."""
 
     def file(self, sample: int) -> int:
         """A descriptor of the file that holds a sample, good until the next call.
@@ -131,7 +132,7 @@ class Samples(ABC):
 
     def _hold(self, unit: int, file: int) -> None:
         """Keep a descriptor; what was opened longest ago gives way."""
-        while len(self.files) >= self._open_files:
+        while len(self.files) >= max(1, self._open_files):
             os.close(self.files.pop(next(iter(self.files))))
         self.files[unit] = file
 
@@ -173,7 +174,9 @@ class LocalSamples(Samples):
         """They are here."""
 
     def release(self) -> None:
-        """Nobody evicts them."""
+        """Nobody evicts them: close them only where there are too many sources for each to keep one."""
+        if not self._open_files:
+            self.close()
 
     def _open(self, unit: int, sample: int) -> int:
         shard = self._split.shards[unit]

@@ -29,8 +29,8 @@ from llmscale.data.text_source import TextSource
 from llmscale.data.token_source import SHUFFLE_WINDOW, TokenSource
 from llmscale.errors import DataError, UsageError
 
-_OPEN_SHARDS = 512
-"""Mapped at a time, over all sources: a mapping holds a file descriptor, of which a process often has 1,024."""
+_OPEN_SHARDS = 384
+"""Kept open between reads, over all sources of a stream: a process may often hold 1,024, and a run has two streams."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Stream:
         self._paths = [path for path, _ in sources]
         self._reading = reading or Reading()
         cache = functools.cache(lambda: Cache(self._reading.cache, self._reading.cache_bytes))
-        limit = max(8, _OPEN_SHARDS // len(sources))
+        limit = _OPEN_SHARDS // len(sources)
         self._sources = [open_source(path, sequence_length, seed, limit, cache, self._reading) for path in self._paths]
         first = self._sources[0]
         for path, source in zip(self._paths, self._sources, strict=True):

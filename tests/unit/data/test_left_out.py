@@ -57,7 +57,9 @@ def test_a_run_that_is_resumed_time_and_again_counts_on_and_lists_each_sample_on
 
 def test_the_limit_holds_over_restarts(folder: Path) -> None:
     state = None
-    with pytest.raises(DataError, match=r"4 samples are broken, and of 71 at most 3 may be left out; .*data\.max_skipped"):
+    with pytest.raises(
+        DataError, match=r"4 samples are broken, and of 71 at most 3 may be left out; .*data\.max_skipped"
+    ):
         for position in range(SAMPLES):
             one = stream_of(folder, 3)
             if state:

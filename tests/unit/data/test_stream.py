@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmscale.data import stream as streams
 from llmscale.data.split import Split
-from llmscale.data.stream import Stream
+from llmscale.data.stream import Reading, Stream
 from llmscale.errors import DataError, UsageError
 
 from .conftest import WriteSplit, row_of_tokens
@@ -184,6 +186,25 @@ def test_more_shards_than_may_be_mapped_at_once(write_split: WriteSplit, monkeyp
     stream = Stream([(str(folder), 1.0)], 100, seed=3)
     assert np.array_equal(stream.read(range(80)), wanted)
     assert len(stream._sources[0]._samples.files) <= 8
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_any_number_of_sources_keeps_within_the_limit_on_open_files(
+    count: int, write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [(str(write_split(f"{n}", [64 * 20], shard_samples=1, first=2000 * n + 1)), 1.0) for n in range(count)]
+    wanted = Stream(sources, 32, seed=3).read(range(30 * count))
+    monkeypatch.setattr(streams, "_OPEN_SHARDS", 8)
+    stream = Stream(sources, 32, 3, Reading(on_error="skip", max_skipped=1.0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1 + 10, hard))
+    try:
+        found = [stream.read(range(first, first + 10)) for first in range(0, 30 * count, 10)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(np.concatenate(found), wanted)
+    assert stream.counters()["skipped_samples"] == 0
+    stream.close()
 
 
 def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) -> None:
