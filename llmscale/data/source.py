@@ -53,7 +53,7 @@ class Source(Protocol):
         """One of what several readers of different sequences gave as their state at the same ordinal."""
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken, without reading what came before."""
+        """Go on where the state was taken, without reading what came before; at the beginning where it is empty."""
 
     def close(self) -> None:
         """Let go of files, threads and processes."""

@@ -200,14 +200,16 @@ class Stream:
         notes, left = [], list(saved)
         for number, (path, source) in enumerate(zip(self._paths, self._sources, strict=True)):
             found = next((one for one in left if one["fingerprint"] == source.fingerprint), None)
+            # Where it was may have been told before: by a checkpoint whose weights turned out to be damaged.
+            known = found or {"base": 0, "sequences": 0, "state": {}}
+            self._bases[number] = known["base" if same else "sequences"]
+            source.resume(known["state"])
+            source.quarantine.resume(known.get("left_out", {}))
             if found is None:
                 changed = any(one["path"] == path for one in saved)
                 notes.append(f"{path} {'has changed' if changed else 'is new'}: it begins at its first sequence")
                 continue
             left.remove(found)
-            self._bases[number] = found["base"] if same else found["sequences"]
-            source.resume(found["state"])
-            source.quarantine.resume(found.get("left_out", {}))
             weight = self._mixture.weights[number]
             if weight != found["weight"]:
                 notes.append(f"{path}: weight {found['weight']:g} -> {weight:g}, goes on at {found['sequences']:,}")

@@ -121,7 +121,7 @@ class TextSource:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Begin at the places that `state` gave: what lies before them needs no reading, and can be read still."""
-        for track, place in zip(self._tracks, state["streams"], strict=True):
+        for track, place in zip(self._tracks, state.get("streams", [[0, 0, 0]] * len(self._tracks)), strict=True):
             track.begin(*place)
 
     def counters(self) -> dict[str, float]:

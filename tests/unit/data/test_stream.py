@@ -161,6 +161,22 @@ def test_reweighted_and_added_sources_leave_the_others_where_they_were(
     assert np.array_equal(third.read(range(position + 30, position + 80)), read[30:])
 
 
+def test_a_stream_that_falls_back_to_an_older_state_keeps_nothing_of_the_newer(
+    built: list[tuple[str, float]],
+) -> None:
+    older = Stream(built[:1], 16, seed=9).state(40)
+    newer = Stream(built, 16, seed=9)
+    newer.resume(older)
+    state = newer.state(100)
+    state["sources"][1]["left_out"] = {"units": [3], "replaced": 5}
+    both, direct = Stream(built, 16, seed=9), Stream(built, 16, seed=9)
+    both.resume(state)
+    assert both.resume(older) == direct.resume(older)
+    assert both.counts(40) == direct.counts(40) == (40, 0, 0)
+    assert both.left_out(40) == direct.left_out(40)
+    assert np.array_equal(both.read(range(40, 100)), direct.read(range(40, 100)))
+
+
 def test_a_source_that_was_built_anew_begins_at_its_first_sequence(write_split: WriteSplit) -> None:
     folder = write_split("a", [50] * 40)
     stream = Stream([(str(folder), 1.0)], 16, seed=1)

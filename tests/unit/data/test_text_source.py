@@ -340,6 +340,22 @@ def test_a_shard_that_this_machine_cannot_read_stops_the_run_and_breaks_nothing(
     source.close()
 
 
+def test_a_source_that_falls_back_to_before_it_was_added_begins_anew(described: Described) -> None:
+    sources = [(str(described("a")), 1.0), (str(described("b", streams=3)), 1.0)]
+    older = Stream(sources[:1], 16, seed=1).state(8)
+    newer = Stream(sources, 16, seed=1)
+    newer.resume(older)
+    newer.read(range(8, 200))
+    both, direct = [Stream([sources[0], (sources[1][0], 3.0)], 16, seed=1) for _ in range(2)]
+    both.resume(newer.state(200))
+    both.resume(older)
+    direct.resume(older)
+    assert both.state(8) == direct.state(8)
+    assert np.array_equal(both.read(range(8, 80)), direct.read(range(8, 80)))
+    for stream in (newer, both, direct):
+        stream.close()
+
+
 def test_verify_names_each_broken_shard(described: Described, shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     folder = described(source=copy)
