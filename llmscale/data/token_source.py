@@ -9,19 +9,19 @@ read whole while it lasts. A sequence length that divides the tokens of a sample
 sample; any other makes blocks straddle two, and a store is then asked for most samples twice an epoch.
 
 Checks: the first time that this process reads of a sample, all of it is compared with the index (CRC-32, dtype, ids).
-The label that a sample's last sequence takes from the next sample is compared with the vocabulary alone. A process
-that reads few sequences of each sample reads all of it for them, once: with hundreds of ranks on a shared file system
-verify="never" spares that, after `llmscale data verify`.
+The label that a sample's last sequence takes from the next sample is compared with the vocabulary alone, or, with
+on_error="skip", has all of that sample checked: else a broken one would be left out and its first token trained on. A
+process that reads few sequences of each sample reads all of it for them, once: with hundreds of ranks on a shared file
+system verify="never" spares that, after `llmscale data verify`.
 
 Speed from a folder, one core, sequences of 4,096 of uint16, warm (`python -m benchmarks.data_stream`): 0.88 G tokens/s
 in reads of 512 and 0.77 G in reads of 64, 0.84 and 0.73 of random reads of one mapped flat file; 0.47 G in reads of 8.
 The first pass, with its checks, makes 0.47 G.
 
-Broken samples, with on_error="skip": a sequence that takes inputs from one, or whose last label cannot be had, is
-replaced by the next sound sequence of the same window's order, which begins again at its start. That is a function of
-which samples are broken and of nothing else: all ranks and batches see the same stream, in which some sequences of the
-window come twice. A store that cannot be reached, or a disk that this machine cannot read, breaks no sample; it stops
-the run.
+Broken samples, with on_error="skip": a sequence that takes inputs or its last label from one is replaced by the next
+sound sequence of the same window's order, which begins again at its start. That is a function of which samples are
+broken and of nothing else: all ranks and batches see the same stream, in which some sequences of the window come twice.
+A store that cannot be reached, or a disk that this machine cannot read, breaks no sample; it stops the run.
 """
 
 from __future__ import annotations
@@ -105,12 +105,11 @@ class TokenSource:
         with self._reading:
             epochs, places = np.divmod(ordinals, self.sequences)
             starts = self._starts(epochs, places)
-            labels: dict[int, int] = {}
             try:
-                for row in self._unsound(starts, labels).tolist():
-                    starts[row] = self._replacement(int(epochs[row]), int(places[row]), labels)
+                for row in self._unsound(starts).tolist():
+                    starts[row] = self._replacement(int(epochs[row]), int(places[row]))
                     self.quarantine.replace(int(ordinals[row]))
-                self._copy(starts, labels, rows, out)
+                self._copy(starts, self._labels(starts), rows, out)
             except Broken as broken:
                 raise DataError(message(self._split, broken)) from None
             finally:
@@ -170,15 +169,12 @@ class TokenSource:
         return found * self._length
 
     def _touched(self, starts: Integers) -> tuple[Integers, Integers]:
-        """The first and last sample that each sequence takes inputs from."""
+        """The first and last sample that each sequence takes inputs from, with on_error="skip" its last label too."""
         size = self._split.card.sample_tokens
-        return starts // size, (starts + self._length - 1) // size
+        return starts // size, (starts + self._length - (not self._skip)) // size
 
-    def _unsound(self, starts: Integers, labels: dict[int, int]) -> Integers:
-        """The rows whose sequence cannot be used; all samples of the others are here, and checked.
-
-        labels: filled with the first tokens of samples, where they are the last labels of sequences before them.
-        """
+    def _unsound(self, starts: Integers) -> Integers:
+        """The rows whose sequence cannot be used; all samples of the others are here, and checked."""
         first, last = self._touched(starts)
         unsound: set[int] = set()
         if not self._known_and_here(first, last):
@@ -189,16 +185,13 @@ class TokenSource:
                 unsound = {
                     row for row, (low, high) in enumerate(spans) if (self._state[low : high + 1] == _BROKEN).any()
                 }
-        after = (starts + self._length) // self._split.card.sample_tokens
-        for row in np.flatnonzero(after > last).tolist():
-            if row not in unsound:
-                sample = int(after[row])
-                try:
-                    labels[sample] = self._samples.first_token(sample)
-                except Broken as broken:
-                    self._leave_out(broken)
-                    unsound.add(row)
         return np.array(sorted(unsound), dtype=np.int64)
+
+    def _labels(self, starts: Integers) -> dict[int, int]:
+        """The first tokens of the samples that sequences take their last label from, and nothing else."""
+        _, last = self._touched(starts)
+        after = (starts + self._length) // self._split.card.sample_tokens
+        return {sample: self._samples.first_token(sample) for sample in after[after > last].tolist()}
 
     def _known_and_here(self, first: Integers, last: Integers) -> bool:
         """Whether all that these sequences touch is in a folder, and known to be sound: the usual case, found fast."""
@@ -221,13 +214,13 @@ class TokenSource:
         self.quarantine.add(broken)
         self._state[broken.unit] = _BROKEN
 
-    def _replacement(self, epoch: int, place: int, labels: dict[int, int]) -> int:
+    def _replacement(self, epoch: int, place: int) -> int:
         """Where the next sound sequence of the window begins, after this place."""
         first, end = self._order.window_of(place)
         for step in range(1, end - first):
             other = np.array([first + (place - first + step) % (end - first)])
             start = self._order.sequences(other, epoch) * self._length
-            if not self._unsound(start, labels).size:
+            if not self._unsound(start).size:
                 return int(start[0])
         raise DataError(f"{self._split.place}: no sample of a whole shuffle window is sound; {REBUILD}")
 
