@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmscale.data.cache import Cache
 from llmscale.data.durable import write_whole
@@ -79,8 +80,16 @@ class TextShard(Record):
     """A tar file. path: a URL, or a path, relative to the description where it is given so."""
 
     path: str
-    bytes: int
+    bytes: int = Field(le=1 << 42)
     pieces: list[Piece]
+
+    @model_validator(mode="after")
+    def _sane(self) -> TextShard:
+        begins = [*(piece.offset for piece in self.pieces), self.bytes]
+        ends = [0, *(piece.offset + piece.bytes for piece in self.pieces)]
+        if any(begin < end for begin, end in zip(begins, ends, strict=True)):
+            raise PydanticCustomError("pieces", "pieces beyond the shard, or out of order")
+        return self
 
 
 class TextIndex(Record):
@@ -215,6 +224,8 @@ class TextSplit:
             raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except Damaged as error:
             raise Broken(number, shard.path, error.reason) from None
+        except OSError as error:
+            raise unreadable(f"{cache.path(key, name)}, a piece of {url}", error) from None
         cache.counters.add(cache_hits=not fetched, cache_misses=fetched)
         return data
 

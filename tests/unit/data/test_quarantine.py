@@ -286,6 +286,10 @@ def test_ids_beyond_the_vocabulary_are_found_without_checksums_too(whole: Path, 
         ({"name": ".."}, r"is not a plain file name"),
         ({"name": "shard-00001.tar"}, r"index\.json: lists a shard twice"),
         ({"bytes": 1 << 60}, r"shards\.0\.bytes: Input should be less than or equal to"),
+        (
+            {"bytes": 1 << 41},
+            r"index\.json: shards\.0\.bytes: 2199023255552 are more than 3 samples of 64 tokens take; ",
+        ),
         ({"bytes": -1}, r"shards\.0\.bytes: "),
         ({"offsets": [640, 640, 640]}, r"shards\.0: offsets beyond the shard, out of order, or without checksums"),
         ({"offsets": [-640, 640, 6400]}, r"shards\.0: offsets beyond the shard"),
@@ -319,3 +323,17 @@ def test_a_broken_sample_behind_a_command_is_fetched_again_and_then_left_out(who
         read(source(url, cache=Cache(tmp_path / "cache", 1 << 20)))
     one = source(url, cache=Cache(tmp_path / "cache", 1 << 20), on_error="skip")
     assert np.array_equal(read(one), expected(whole, {4}, 16))
+
+
+def test_a_cache_that_cannot_be_opened_is_said_and_breaks_nothing(whole: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 1 << 20)
+    one = source(f"pipe:cat {whole}/{{name}}", cache=cache, on_error="skip")
+    read(one)
+    for name in ("shard-00000.tar", "shard-00001.tar"):
+        path = cache.path(one._split.key, name)
+        path.unlink()
+        path.symlink_to(name)
+    with pytest.raises(DataError, match=r"cache: the cache cannot be opened: .*; check its file system"):
+        read(one)
+    assert one.counters()["skipped_samples"] == 0
+    one.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -394,6 +395,32 @@ def test_shards_that_are_not_text_are_refused_by_member(
     with pytest.raises(DataError, match=rf"a\.tar: .*{message}"):
         describe([str(tmp_path / "a.tar")], tokenizer_json, tmp_path / "text")
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (0, {"bytes": 1 << 60}, r"index\.json: shards\.0: pieces beyond the shard, or out of order; copy the file"),
+        (0, {"offset": 4096}, r"shards\.0: pieces beyond the shard, or out of order"),
+        (-1, {"bytes": 1 << 20}, r"shards\.0: pieces beyond the shard, or out of order"),
+        (0, {"bytes": 0}, r"shards\.0\.pieces\.0\.bytes: "),
+        (0, {"offset": -512}, r"shards\.0\.pieces\.0\.offset: "),
+        (None, {"bytes": 1 << 60}, r"shards\.0\.bytes: "),
+    ],
+)
+def test_an_index_with_absurd_pieces_is_refused(
+    part: int | None, change: dict[str, int], message: str, described: Described
+) -> None:
+    folder = described()
+    index = json.loads((folder / "index.json").read_bytes())
+    shard = index["shards"][0]
+    (shard if part is None else shard["pieces"][part]).update(change)
+    (folder / "index.json").write_text(json.dumps(index))
+    card = json.loads((folder / "card.json").read_bytes())
+    card["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(DataError, match=message):
+        TextSplit(folder)
 
 
 def test_links_absurd_sizes_and_cut_tars_are_refused(tmp_path: Path, tokenizer_json: Path) -> None:
