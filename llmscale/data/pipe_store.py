@@ -18,6 +18,9 @@ from typing import BinaryIO, cast
 from llmscale.data.store import Counters, Doubtful, Patience, Store, UrlStore, plain_name
 from llmscale.errors import DataError, UsageError
 
+_NO_COMMAND = (126, 127)
+"""What a shell ends with when it cannot run a command or find it: trying again does not help."""
+
 
 class PipeStore(Store):
     """The standard output of a command; whole files alone.
@@ -87,7 +90,12 @@ class PipeStore(Store):
                 if status := process.wait(self._patience.attempt_seconds):
                     errors.seek(0)
                     said = errors.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
-                    raise OSError(f"exit status {status}" + (f": {said[-1]}" if said else ""))
+                    reason = f"exit status {status}" + (f": {said[-1]}" if said else "")
+                    if status in _NO_COMMAND:
+                        problem = UsageError(f"{self.where(name)}: {reason}; correct the command, or install it")
+                        problem.everywhere = False  # it may be missing on one node alone
+                        raise problem
+                    raise OSError(reason)
             except subprocess.TimeoutExpired:
                 raise TimeoutError("closed its output and did not end") from None
             finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import sys
 import threading
 from array import array
@@ -25,6 +26,7 @@ import numpy as np
 
 from llmscale.errors import DataError
 
+logger = logging.getLogger(__name__)
 OnError = Literal["stop", "skip"]
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """What every rank that looks finds. Any other error of the system is this machine's own and breaks no unit: were it
@@ -132,8 +134,10 @@ class Quarantine:
             if broken.unit in self._units:
                 return
             self._units.add(broken.unit)
-            self._write(broken)
-            self._refuse_too_many(_said(self._source, broken))
+            said = _said(self._source, broken)
+            if self._write(broken):  # of all ranks that meet it, one says it
+                logger.warning("%s; it is left out (%d of at most %d)", said, len(self._units), self._limit)
+            self._refuse_too_many(said)
 
     def replace(self, ordinal: int) -> None:
         """Told that the source gives another sequence at this ordinal."""
@@ -186,9 +190,10 @@ class Quarantine:
                 f"{self._limit} may be left out; {self._source.fix}, or raise data.max_skipped"
             )
 
-    def _write(self, broken: Broken) -> None:
+    def _write(self, broken: Broken) -> bool:
+        """Write a unit down; gives whether it was not written down before."""
         if self._report is None:
-            return
+            return True
         line = {
             "shard": broken.shard,
             self._source.unit: self._source.unit_name(broken.unit),
@@ -199,8 +204,10 @@ class Quarantine:
             self._report.parent.mkdir(parents=True, exist_ok=True)
             with self._report.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not self._stands_in(file, line):
-                    file.write(json.dumps(line).encode() + b"\n")
+                if self._stands_in(file, line):
+                    return False
+                file.write(json.dumps(line).encode() + b"\n")
+                return True
         except OSError as error:
             raise DataError(
                 f"{self._report}: the report of what is broken cannot be written: {error.strerror}"

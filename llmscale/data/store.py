@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import random
 import re
@@ -29,8 +30,12 @@ from typing import Any, BinaryIO, TypeVar
 
 from llmscale.errors import DataError, UsageError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DOUBTS = 3
+_ATTEMPTS_IN_SILENCE = 3
+_WARNING_SECONDS = 60.0
+"""Between two warnings of one store: many requests fail together."""
 _PART = 8 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -118,6 +123,7 @@ class Store(ABC):
         self._patience = patience
         self._counters = counters
         self._closed = threading.Event()
+        self._warned = -_WARNING_SECONDS
 
     def where(self, name: str) -> str:
         """What to call a file in a message."""
@@ -165,6 +171,13 @@ class Store(ABC):
                     f"{_REACH}"
                 )
             self._counters.add(retries=1)
+            now = time.monotonic()
+            if attempts >= _ATTEMPTS_IN_SILENCE and now - self._warned >= _WARNING_SECONDS:
+                self._warned = now
+                logger.warning(
+                    "%s: %d attempts in %.0f s failed, the last with: %s; trying on, for %g s in all",
+                    self.where(name), attempts, spent, reason, self._patience.total_seconds,
+                )  # fmt: skip
             if self._closed.wait(delay * random.uniform(0.5, 1.0)):
                 raise DataError(f"{self.where(name)}: given up, since its reader was closed")
             delay = min(2 * delay, self._patience.longest_delay_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_run_that_is_resumed_time_and_again_counts_on_and_lists_each_sample_on
     assert one.counters()["replaced_sequences"] == whole.counters()["replaced_sequences"] >= len(BROKEN)
     lines = [json.loads(line)["sample"] for line in report.read_text().splitlines()]
     assert sorted(lines) == [f"{sample:09d}" for sample in BROKEN]
+
+
+def test_each_sample_that_is_left_out_is_warned_of_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = [stream_of(folder, len(BROKEN), tmp_path / "report") for _ in range(2)]
+    for one in ranks:
+        one.read(range(SAMPLES))
+    assert len(caplog.messages) == len(BROKEN)
+    for sample in BROKEN:
+        (said,) = [message for message in caplog.messages if f"sample {sample:09d}: its checksum differs" in message]
+        assert re.search(r"split/shard-\d+\.tar: .*; it is left out \(\d of at most 6\)$", said)
 
 
 def test_the_limit_holds_over_restarts(folder: Path) -> None:
