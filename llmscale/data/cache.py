@@ -83,6 +83,8 @@ class Cache:
             descriptor = os.open(f"{self._files}/{key}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DataError(_unusable(self.folder, error)) from None
         with suppress(OSError):
             os.utime(descriptor)
         return descriptor
@@ -141,7 +143,11 @@ class Cache:
     def _stripe(self, name: str) -> Iterator[Path]:
         """Hold the lock that a name falls on; gives its path."""
         path = self.folder / "stripes" / f"{zlib.crc32(name.encode()) % STRIPES:04d}.lock"
-        with path.open("a+b") as lock:
+        try:
+            lock = path.open("a+b")
+        except OSError as error:
+            raise DataError(_unusable(self.folder, error)) from None
+        with lock:
             self._wait_for(lock, f"{self.folder}: another process has been fetching {name}")
             yield path
 
@@ -206,6 +212,13 @@ class Cache:
                     yield path.stat().st_size
                 else:
                     path.unlink()
+
+
+def _unusable(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder}: the cache cannot be opened: {error.strerror or error}; check its file system and this process's "
+        "limit on open files, and start again"
+    )
 
 
 def _unwritable(folder: Path, error: OSError) -> str:

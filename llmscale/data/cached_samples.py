@@ -160,7 +160,7 @@ class RangedSamples(CachedSamples):
             return self._labels[sample]
         before = sample - 1
         place = int(self._place[sample] - self._place[before]) + NPY_HEADER
-        return self._token(sample, os.pread(self.file(before), self._itemsize, place))
+        return self._read_token(sample, before, place)
 
     def _sizes(self) -> Integers:
         sizes = np.diff(self.byte_of, append=0) + NPY_HEADER + self._itemsize

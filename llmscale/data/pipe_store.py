@@ -23,6 +23,8 @@ from llmscale.errors import DataError, UsageError
 _PART = 2 << 20
 """Bytes that have to come within the seconds of an attempt: 70 kB/s by default."""
 _TURN_SECONDS = 0.2
+_NO_COMMAND = (126, 127)
+"""What a shell ends with when it cannot run a command or find it: trying again does not help."""
 
 
 class PipeStore(Store):
@@ -99,7 +101,12 @@ class PipeStore(Store):
                 if status := process.returncode:
                     errors.seek(0)
                     said = errors.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
-                    raise OSError(f"exit status {status}" + (f": {said[-1]}" if said else ""))
+                    reason = f"exit status {status}" + (f": {said[-1]}" if said else "")
+                    if status in _NO_COMMAND:
+                        problem = UsageError(f"{self.where(name)}: {reason}; correct the command, or install it")
+                        problem.everywhere = False  # it may be missing on one node alone
+                        raise problem
+                    raise OSError(reason)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)

@@ -21,17 +21,19 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llmscale.data.quarantine import Broken
+from llmscale.data.quarantine import NOT_THERE, Broken, unreadable
 from llmscale.data.shards import NPY_HEADER, Shard
 from llmscale.data.source import Integers
 from llmscale.data.split import Split, parse_sample
 from llmscale.data.store import Counters
+from llmscale.errors import DataError
 
 
 class Samples(ABC):
     """The samples of a split, each in a file: of its own or its shard's."""
 
     def __init__(self, split: Split, open_files: int) -> None:
+        """open_files: so many are kept open from one read to the next; one is while it is read."""
         self._split = split
         self._open_files = open_files
         self.files: dict[int, int] = {}
@@ -55,13 +57,13 @@ class Samples(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Close the files that another process may want to evict."""
+        """A read is over: close the files that are not to be kept open."""
 
     def file(self, sample: int) -> int:
         """A descriptor of the file that holds a sample, good until the next call.
 
         Raises:
-            Broken: the file cannot be had. DataError: nor can the store be reached.
+            Broken: the file is not there, or is another. DataError: it cannot be read here, or its store not reached.
         """
         unit = int(self.unit_of[sample])
         found = self.files.get(unit)
@@ -74,7 +76,7 @@ class Samples(ABC):
         """Compare a sample with the index and the card.
 
         Raises:
-            Broken: says what is wrong with it.
+            Broken: says what is wrong with it. DataError: it cannot be read here.
         """
         shard, number = self.shard(sample), self.number(sample)
         start, end = self._split.region(shard, number)
@@ -82,7 +84,11 @@ class Samples(ABC):
         if len(self._buffer) < end - start:
             self._buffer = bytearray(end - start)
         view = memoryview(self._buffer)[: end - start]
-        count = os.preadv(self.file(sample), [view], first)
+        file = self.file(sample)
+        try:
+            count = os.preadv(file, [view], first)
+        except OSError as error:
+            raise self.unreadable(sample, error) from None
         if problem := self.problem(view[:count], sample):
             raise Broken(sample, shard.name, problem)
 
@@ -90,10 +96,13 @@ class Samples(ABC):
         """The first token of a sample, which is the last label of the sequence before it.
 
         Raises:
-            Broken: it cannot be had.
+            Broken: it cannot be had. DataError: it cannot be read here.
         """
-        data = os.pread(self.file(sample), self._itemsize, int(self.byte_of[sample]))
-        return self._token(sample, data)
+        return self._read_token(sample, sample, int(self.byte_of[sample]))
+
+    def unreadable(self, sample: int, error: OSError) -> DataError:
+        """What to raise where the system fails to read a sample."""
+        return unreadable(self._split.where(self.shard(sample).name), error)
 
     def shard(self, sample: int) -> Shard:
         """The shard that a sample is in."""
@@ -123,13 +132,22 @@ class Samples(ABC):
 
     def _hold(self, unit: int, file: int) -> None:
         """Keep a descriptor; what was opened longest ago gives way."""
-        while len(self.files) >= self._open_files:
+        while len(self.files) >= max(1, self._open_files):
             os.close(self.files.pop(next(iter(self.files))))
         self.files[unit] = file
 
     @abstractmethod
     def _open(self, unit: int, sample: int) -> int:
         """A new descriptor of a unit's file."""
+
+    def _read_token(self, sample: int, holder: int, place: int) -> int:
+        """The first token of a sample, which stands at a byte of the file that holds the sample `holder`."""
+        file = self.file(holder)
+        try:
+            data = os.pread(file, self._itemsize, place)
+        except OSError as error:
+            raise self.unreadable(holder, error) from None
+        return self._token(sample, data)
 
     def _token(self, sample: int, data: bytes) -> int:
         if len(data) < self._itemsize:
@@ -156,16 +174,18 @@ class LocalSamples(Samples):
         """They are here."""
 
     def release(self) -> None:
-        """Nobody evicts them."""
+        """Nobody evicts them: close them only where there are too many sources for each to keep one."""
+        if not self._open_files:
+            self.close()
 
     def _open(self, unit: int, sample: int) -> int:
         shard = self._split.shards[unit]
         try:
             found = os.open(self._split.folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        except NOT_THERE:
+            raise Broken(sample, shard.name, "the shard is missing") from None
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "the shard is missing" if missing else f"the shard cannot be read: {error.strerror}"
-            raise Broken(sample, shard.name, reason) from None
+            raise self.unreadable(sample, error) from None
         status = os.fstat(found)
         size = status.st_size
         if stat.S_ISDIR(status.st_mode) or (self._size_matters and size != shard.bytes):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llmscale.data.quarantine import Quarantine
 from llmscale.data.shards import Tokens
 
 Integers = npt.NDArray[np.int64]
@@ -25,6 +26,8 @@ class Source(Protocol):
     dtype: np.dtype[Any]
     fingerprint: str
     """Of the data in its order of storage: equal for copies, another when it was built anew from other text."""
+    quarantine: Quarantine
+    """What of it is broken and left out."""
 
     cache_bytes: int
     """Of the node's cache, so that little is fetched twice; 0 of a source that needs none."""
@@ -55,7 +58,7 @@ class Source(Protocol):
         """One of what several readers of different sequences gave as their state at the same ordinal."""
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken, without reading what came before."""
+        """Go on where the state was taken, without reading what came before; at the beginning where it is empty."""
 
     def close(self) -> None:
         """Let go of files, threads and processes."""

@@ -33,6 +33,8 @@ from llmscale.errors import DataError, UsageError
 
 _MOST_CARD_BYTES = 1 << 28
 _MOST_INDEX_BYTES = 1 << 32
+_MOST_OVERHEAD = 1 << 15
+"""Bytes of headers, padding and a tar's end that come with a sample."""
 _BUILD_REMOTE = "name the URL of a split, such as s3://bucket/dataset/train, that `llmscale data build` wrote"
 
 _DOCUMENTS = b"\x93NUMPY\x01\x00v\x00{'descr': '<u4', 'fortran_order': False, 'shape': ("
@@ -70,6 +72,13 @@ class Split:
         index = self.where("index.json")
         if samples != self.card.samples or samples != -(-self.card.tokens // self.card.sample_tokens):
             raise DataError(f"{index}: {samples} samples, card.json says {self.card.samples}; {REBUILD}")
+        most = self.card.sample_tokens * (np.dtype(self.card.dtype).itemsize + 4) + _MOST_OVERHEAD
+        for number, shard in enumerate(self.shards):
+            if shard.bytes > most * len(shard.offsets):  # a reader would ask for that much memory
+                raise DataError(
+                    f"{index}: shards.{number}.bytes: {shard.bytes} are more than {len(shard.offsets)} samples of "
+                    f"{self.card.sample_tokens} tokens take; {REBUILD}"
+                )
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise DataError(f"{index}: lists a shard twice; {REBUILD}")
 

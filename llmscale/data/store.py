@@ -8,14 +8,16 @@ GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, FSSPEC_S3_ANON=true, ~/.config/fsspec/
 
 Whatever a store does, a call ends: an attempt that has not answered after `attempt_seconds` is given up, and attempts
 end after `total_seconds`, with a delay between them that doubles and is drawn at random, so that a thousand ranks do
-not come back together. A file that is not there, or not for us, fails at once; one whose bytes are too few or wrong,
-after `DOUBTS` attempts: a connection may have lost them, a damaged file stays damaged.
+not come back together. A file that is not there, or not for us, fails at once; one that is too short by what the store
+itself says, or whose bytes are wrong, after `DOUBTS` attempts: a damaged file stays damaged. Too few bytes of a file
+that the store calls long enough are the connection's fault, and asked for again as long as there is patience.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import random
 import re
@@ -30,8 +32,12 @@ from typing import Any, BinaryIO, TypeVar
 
 from llmscale.errors import DataError, UsageError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DOUBTS = 3
+_ATTEMPTS_IN_SILENCE = 3
+_WARNING_SECONDS = 60.0
+"""Between two warnings of one store: many requests fail together."""
 _PART = 8 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -119,6 +125,7 @@ class Store(ABC):
         self._patience = patience
         self._counters = counters
         self._closed = threading.Event()
+        self._warned = -_WARNING_SECONDS
 
     def where(self, name: str) -> str:
         """What to call a file in a message."""
@@ -166,6 +173,13 @@ class Store(ABC):
                     f"{_REACH}"
                 )
             self._counters.add(retries=1)
+            now = time.monotonic()
+            if attempts >= _ATTEMPTS_IN_SILENCE and now - self._warned >= _WARNING_SECONDS:
+                self._warned = now
+                logger.warning(
+                    "%s: %d attempts in %.0f s failed, the last with: %s; trying on, for %g s in all",
+                    self.where(name), attempts, spent, reason, self._patience.total_seconds,
+                )  # fmt: skip
             self._closed.wait(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self._patience.longest_delay_seconds)
         raise DataError(f"{self.where(name)}: given up, since its reader was closed")
@@ -234,7 +248,9 @@ class UrlStore(Store):
                 )
             self._counters.add(bytes_fetched=len(data))
             if len(data) < end - start:
-                raise Doubtful(f"{len(data)} of the {end - start} bytes from byte {start} came")
+                came = f"{len(data)} of the {end - start} bytes from byte {start} came"
+                size = self._call("info", name)["size"]
+                raise Doubtful(came) if size is not None and size < end else ConnectionError(came)
             if problem := check(data):
                 raise Doubtful(problem)
             return data

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmscale.data.cache import Cache
 from llmscale.data.mixture import Mixture
-from llmscale.data.quarantine import OnError
+from llmscale.data.quarantine import LeftOut, OnError
 from llmscale.data.source import Integers, Source
 from llmscale.data.split import Split
 from llmscale.data.store import is_remote
@@ -29,8 +29,8 @@ from llmscale.data.text_source import TextSource
 from llmscale.data.token_source import SHUFFLE_WINDOW, TokenSource
 from llmscale.errors import DataError, UsageError
 
-_OPEN_SHARDS = 512
-"""Mapped at a time, over all sources: a mapping holds a file descriptor, of which a process often has 1,024."""
+_OPEN_SHARDS = 384
+"""Kept open between reads, over all sources of a stream: a process may often hold 1,024, and a run has two streams."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Stream:
         self._reading = reading or Reading()
         _refuse_absurd(sources, sequence_length, self._reading)
         self._cache: Cache | None = None
-        limit = max(8, _OPEN_SHARDS // len(sources))
+        limit = _OPEN_SHARDS // len(sources)
         # What is fetched ahead takes half of the cache, over all that do.
         fetching = sum(map(is_remote, self._paths))
         own = replace(self._reading, readers=self._reading.readers * max(1, fetching))
@@ -159,7 +159,7 @@ class Stream:
         return tuple(source.epochs(count) for count, source in zip(self.counts(position), self._sources, strict=True))
 
     def state(self, position: int) -> dict[str, Any]:
-        """What it takes to go on at this position, as JSON; its size does not grow with the data."""
+        """What it takes to go on at this position, as JSON; its size does not grow with the data that is sound."""
         parts = zip(self._paths, self._sources, self._mixture.weights, self._bases, self.counts(position), strict=True)
         sources = [
             {
@@ -169,6 +169,7 @@ class Stream:
                 "base": int(base),
                 "sequences": count,
                 "state": dict(source.state(count)),
+                "left_out": source.quarantine.state(count),
             }
             for path, source, weight, base, count in parts
         ]
@@ -182,9 +183,16 @@ class Stream:
         }
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One of the states that all ranks gave at the same position: each knows the sequences that it read."""
+        """One of the states that ranks of different sequences gave at the same position: each knows what it read.
+
+        Takes up what the others have left out. Raises DataError where that is too much of a source.
+        """
         sources = [
-            {**own[0], "state": dict(source.merge([one["state"] for one in own]))}
+            {
+                **own[0],
+                "state": dict(source.merge([one["state"] for one in own])),
+                "left_out": source.quarantine.merge([one["left_out"] for one in own]),
+            }
             for source, *own in zip(self._sources, *(state["sources"] for state in states), strict=True)
         ]
         return {**states[0], "sources": sources}
@@ -218,18 +226,26 @@ class Stream:
         notes, left = [], list(saved)
         for number, (path, source) in enumerate(zip(self._paths, self._sources, strict=True)):
             found = next((one for one in left if one["fingerprint"] == source.fingerprint), None)
+            # Where it was may have been told before: by a checkpoint whose weights turned out to be damaged.
+            known = found or {"base": 0, "sequences": 0, "state": {}}
+            self._bases[number] = known["base" if same else "sequences"]
+            source.resume(known["state"])
+            source.quarantine.resume(known.get("left_out", {}))
             if found is None:
                 changed = any(one["path"] == path for one in saved)
                 notes.append(f"{path} {'has changed' if changed else 'is new'}: it begins at its first sequence")
                 continue
             left.remove(found)
-            self._bases[number] = found["base"] if same else found["sequences"]
-            source.resume(found["state"])
             weight = self._mixture.weights[number]
             if weight != found["weight"]:
                 notes.append(f"{path}: weight {found['weight']:g} -> {weight:g}, goes on at {found['sequences']:,}")
         gone = [one for one in left if one["path"] not in self._paths]
         return notes + [f"{one['path']} is left out, after {one['sequences']:,} sequences" for one in gone]
+
+    def left_out(self, position: int) -> LeftOut:
+        """What of all sources is broken, and how many of the first `position` sequences others were read for."""
+        parts = zip(self._sources, self.counts(position), strict=True)
+        return sum((source.quarantine.left_out(count) for source, count in parts), LeftOut())
 
     def counters(self) -> dict[str, float]:
         """What this process left out of all sources, and what fetching took."""

@@ -24,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmscale.data.cache import Cache
 from llmscale.data.durable import write_whole
 from llmscale.data.inputs import InputFile, find
 from llmscale.data.pipe_store import open_store
-from llmscale.data.quarantine import Broken
+from llmscale.data.quarantine import NOT_THERE, Broken, unreadable
 from llmscale.data.records import Record, read_record
 from llmscale.data.store import Counters, Damaged, Missing, Patience, UrlStore, is_remote, split_url
 from llmscale.data.tars import samples
@@ -79,8 +80,16 @@ class TextShard(Record):
     """A tar file. path: a URL, or a path, relative to the description where it is given so."""
 
     path: str
-    bytes: int
+    bytes: int = Field(le=1 << 42)
     pieces: list[Piece]
+
+    @model_validator(mode="after")
+    def _sane(self) -> TextShard:
+        begins = [*(piece.offset for piece in self.pieces), self.bytes]
+        ends = [0, *(piece.offset + piece.bytes for piece in self.pieces)]
+        if any(begin < end for begin, end in zip(begins, ends, strict=True)):
+            raise PydanticCustomError("pieces", "pieces beyond the shard, or out of order")
+        return self
 
 
 class TextIndex(Record):
@@ -157,7 +166,8 @@ class TextSplit:
         """The documents of a piece, in the order of the tar: UTF-8, as good as it was.
 
         Raises:
-            Broken: the shard is missing, has changed, or is damaged. DataError: its store cannot be reached.
+            Broken: the shard is missing, has changed, or is damaged. DataError: it cannot be read here, or its store
+            not be reached.
         """
         shard, piece = self.pieces[number]
         where = self.where(shard.path)
@@ -190,10 +200,10 @@ class TextSplit:
                     raise Broken(number, shard.path, reason, whole=True)
                 file.seek(piece.offset)
                 return file.read(piece.bytes)
-        except FileNotFoundError:
+        except NOT_THERE:
             raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except OSError as error:
-            raise Broken(number, shard.path, f"the shard cannot be read: {error.strerror}", whole=True) from None
+            raise unreadable(str(path), error) from None
 
     def _fetched(self, number: int, url: str) -> bytes:
         """A piece of a store, through the cache; a copy there that was damaged is fetched again."""
@@ -217,6 +227,8 @@ class TextSplit:
             raise Broken(number, shard.path, "the shard is missing", whole=True) from None
         except Damaged as error:
             raise Broken(number, shard.path, error.reason) from None
+        except OSError as error:
+            raise unreadable(f"{cache.path(key, name)}, a piece of {url}", error) from None
         cache.counters.add(cache_hits=not fetched, cache_misses=fetched)
         return data
 

@@ -95,7 +95,7 @@ class TextSource:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
         self._readers = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="read")
         self._tracks = [_Track(self, number) for number in range(card.streams)]
-        self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self.quarantine = Quarantine(split, on_error, max_skipped, report)
         self._closed = False
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
@@ -135,7 +135,7 @@ class TextSource:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Begin at the places that `state` gave: what lies before them needs no reading, and can be read still."""
-        for track, place in zip(self._tracks, state["streams"], strict=True):
+        for track, place in zip(self._tracks, state.get("streams", [[0, 0, 0]] * len(self._tracks)), strict=True):
             track.begin(*place)
 
     def epochs(self, ordinal: int) -> float | None:
@@ -147,7 +147,7 @@ class TextSource:
     def counters(self) -> dict[str, float]:
         """What was left out, and what fetching took."""
         fetching = self._split.cache.counters.as_dict() if self._split.cache else {}
-        return {**fetching, "skipped_samples": len(self._quarantine)}
+        return {**fetching, "skipped_samples": len(self.quarantine)}
 
     def close(self) -> None:
         """End the threads; a read that waits for a store ends with a DataError."""
@@ -203,7 +203,7 @@ class TextSource:
         try:
             found = self._split.documents(piece)
         except Broken as broken:
-            self._quarantine.add(broken)
+            self.quarantine.add(broken)
             return []
         return [data for data in found if len(data) > documents.PIECE_BYTES or _text(data).strip()]
 

@@ -9,18 +9,19 @@ read whole while it lasts. A sequence length that divides the tokens of a sample
 sample; any other makes blocks straddle two, and a store is then asked for most samples twice an epoch.
 
 Checks: the first time that this process reads of a sample, all of it is compared with the index (CRC-32, dtype, ids).
-The label that a sample's last sequence takes from the next sample is compared with the vocabulary alone. A process
-that reads few sequences of each sample reads all of it for them, once: with hundreds of ranks on a shared file system
-verify="never" spares that, after `llmscale data verify`.
+The label that a sample's last sequence takes from the next sample is compared with the vocabulary alone, or, with
+on_error="skip", has all of that sample checked: else a broken one would be left out and its first token trained on. A
+process that reads few sequences of each sample reads all of it for them, once: with hundreds of ranks on a shared file
+system verify="never" spares that, after `llmscale data verify`.
 
 Speed from a folder, one core, sequences of 4,096 of uint16, warm (`python -m benchmarks.data_stream`): 0.88 G tokens/s
 in reads of 512 and 0.77 G in reads of 64, 0.84 and 0.73 of random reads of one mapped flat file; 0.47 G in reads of 8.
 The first pass, with its checks, makes 0.47 G.
 
-Broken samples, with on_error="skip": a sequence that takes inputs from one, or whose last label cannot be had, is
-replaced by the next sound sequence of the same window's order, which begins again at its start. That is a function of
-which samples are broken and of nothing else: all ranks and batches see the same stream, in which some sequences of the
-window come twice. A store that cannot be reached breaks no sample; it stops the run.
+Broken samples, with on_error="skip": a sequence that takes inputs or its last label from one is replaced by the next
+sound sequence of the same window's order, which begins again at its start. That is a function of which samples are
+broken and of nothing else: all ranks and batches see the same stream, in which some sequences of the window come twice.
+A store that cannot be reached, or a disk that this machine cannot read, breaks no sample; it stops the run.
 """
 
 from __future__ import annotations
@@ -86,12 +87,11 @@ class TokenSource:
         self._length = sequence_length
         self._order = Order(self.sequences, max(1, card.sample_tokens // sequence_length), shuffle_window, seed)
         self._skip = on_error == "skip"
-        self._quarantine = Quarantine(split, on_error, max_skipped, report)
+        self.quarantine = Quarantine(split, on_error, max_skipped, report)
         self._samples = samples_of(split, open_shards, connections, readers, size_matters=not self._skip)
         self.cache_bytes = self._two_windows(shuffle_window)
         self._state = np.full(card.samples, _UNKNOWN if verify == "first" else _SOUND, dtype=np.uint8)
         self._look_through = verify == "never" and card.vocab_size < 2 ** (8 * np.dtype(card.dtype).itemsize)
-        self._replaced = 0
         self._reading = threading.Lock()
         self.tokenizer = split.tokenizer
         self.tokenizer_sha256 = card.tokenizer_sha256
@@ -105,12 +105,11 @@ class TokenSource:
         with self._reading:
             epochs, places = np.divmod(ordinals, self.sequences)
             starts = self._starts(epochs, places)
-            labels: dict[int, int] = {}
             try:
-                for row in self._unsound(starts, labels).tolist():
-                    starts[row] = self._replacement(int(epochs[row]), int(places[row]), labels)
-                    self._replaced += 1
-                self._copy(starts, labels, rows, out)
+                for row in self._unsound(starts).tolist():
+                    starts[row] = self._replacement(int(epochs[row]), int(places[row]))
+                    self.quarantine.replace(int(ordinals[row]))
+                self._copy(starts, self._labels(starts), rows, out)
             except Broken as broken:
                 raise DataError(message(self._split, broken)) from None
             finally:
@@ -125,10 +124,11 @@ class TokenSource:
 
     def counters(self) -> dict[str, float]:
         """What fetching took, all sources of the cache together, and what was left out of this one."""
+        left = self.quarantine.left_out()
         return {
             **self._samples.counters.as_dict(),
-            "skipped_samples": len(self._quarantine),
-            "replaced_sequences": self._replaced,
+            "skipped_samples": left.units,
+            "replaced_sequences": left.carried + left.replaced,
         }
 
     def epochs(self, ordinal: int) -> float:
@@ -171,15 +171,12 @@ class TokenSource:
         return found * self._length
 
     def _touched(self, starts: Integers) -> tuple[Integers, Integers]:
-        """The first and last sample that each sequence takes inputs from."""
+        """The first and last sample that each sequence takes inputs from, with on_error="skip" its last label too."""
         size = self._split.card.sample_tokens
-        return starts // size, (starts + self._length - 1) // size
+        return starts // size, (starts + self._length - (not self._skip)) // size
 
-    def _unsound(self, starts: Integers, labels: dict[int, int]) -> Integers:
-        """The rows whose sequence cannot be used; all samples of the others are here, and checked.
-
-        labels: filled with the first tokens of samples, where they are the last labels of sequences before them.
-        """
+    def _unsound(self, starts: Integers) -> Integers:
+        """The rows whose sequence cannot be used; all samples of the others are here, and checked."""
         first, last = self._touched(starts)
         unsound: set[int] = set()
         if not self._known_and_here(first, last):
@@ -190,16 +187,13 @@ class TokenSource:
                 unsound = {
                     row for row, (low, high) in enumerate(spans) if (self._state[low : high + 1] == _BROKEN).any()
                 }
-        after = (starts + self._length) // self._split.card.sample_tokens
-        for row in np.flatnonzero(after > last).tolist():
-            if row not in unsound:
-                sample = int(after[row])
-                try:
-                    labels[sample] = self._samples.first_token(sample)
-                except Broken as broken:
-                    self._leave_out(broken)
-                    unsound.add(row)
         return np.array(sorted(unsound), dtype=np.int64)
+
+    def _labels(self, starts: Integers) -> dict[int, int]:
+        """The first tokens of the samples that sequences take their last label from, and nothing else."""
+        _, last = self._touched(starts)
+        after = (starts + self._length) // self._split.card.sample_tokens
+        return {sample: self._samples.first_token(sample) for sample in after[after > last].tolist()}
 
     def _known_and_here(self, first: Integers, last: Integers) -> bool:
         """Whether all that these sequences touch is in a folder, and known to be sound: the usual case, found fast."""
@@ -219,16 +213,16 @@ class TokenSource:
                 self._leave_out(broken)
 
     def _leave_out(self, broken: Broken) -> None:
-        self._quarantine.add(broken)
+        self.quarantine.add(broken)
         self._state[broken.unit] = _BROKEN
 
-    def _replacement(self, epoch: int, place: int, labels: dict[int, int]) -> int:
+    def _replacement(self, epoch: int, place: int) -> int:
         """Where the next sound sequence of the window begins, after this place."""
         first, end = self._order.window_of(place)
         for step in range(1, end - first):
             other = np.array([first + (place - first + step) % (end - first)])
             start = self._order.sequences(other, epoch) * self._length
-            if not self._unsound(start, labels).size:
+            if not self._unsound(start).size:
                 return int(start[0])
         raise DataError(f"{self._split.place}: no sample of a whole shuffle window is sound; {REBUILD}")
 
@@ -248,8 +242,14 @@ class TokenSource:
             target: Any = out[row] if buffer is None else buffer
             if more:
                 self._fill_across(target, sample, place, labels)
-            elif os.preadv(files.get(unit) or self._samples.file(sample), [target], offset) != whole:
-                raise self._cut_short(sample)
+            else:
+                file = files.get(unit) or self._samples.file(sample)
+                try:
+                    count = os.preadv(file, [target], offset)
+                except OSError as error:
+                    raise self._samples.unreadable(sample, error) from None
+                if count != whole:
+                    raise self._cut_short(sample)
             if buffer is not None:
                 out[row] = buffer
             if self._look_through and int(target.max()) >= self.vocab_size:
@@ -266,7 +266,12 @@ class TokenSource:
                 return
             part = target[done : done + size - place]
             offset = int(self._samples.byte_of[sample]) + place * self.dtype.itemsize
-            if os.preadv(self._samples.file(sample), [part.data], offset) != part.nbytes:
+            file = self._samples.file(sample)
+            try:
+                count = os.preadv(file, [part.data], offset)
+            except OSError as error:
+                raise self._samples.unreadable(sample, error) from None
+            if count != part.nbytes:
                 raise self._cut_short(sample)
             done, sample, place = done + len(part), sample + 1, 0
 

@@ -5,7 +5,7 @@ learning_rate, step_seconds, data_seconds (of it: the longest that any rank wait
 tokens_per_second_per_device, tflops_per_device (model FLOPs with attention, `flops.py`), mfu and mfu_without_attention
 (shares of the device's peak; null where the peak is not known), memory_gib; data_epochs (passes over each source so
 far, of text in windows that were read); with remote data data_bytes_fetched, data_retries and the like, of rank 0's
-process; with data.on_error: skip data_skipped_samples and data_replaced_sequences (the most that any rank has met).
+process; with data.on_error: skip data_skipped_samples and data_replaced_sequences, of the run so far and all ranks.
 After a save checkpoint_pause_seconds (how long training stood still for it) and checkpoint_seconds (until it was whole
 on the disk), in the rows that follow.
 A row of a validation: step, tokens, validation_loss, validation_perplexity.

@@ -83,6 +83,8 @@ class Display:
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  "
             f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.3f}"
         )
+        if skipped := row.get("data_skipped_samples"):
+            figures += f"  skipped {skipped} samples"
         if self._bar is None:
             self.line(f"step {state}  {figures}  {eta}")
         else:

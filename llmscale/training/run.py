@@ -33,7 +33,7 @@ from llmscale.errors import CheckpointError, ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
 from llmscale.models.stage import build_stages
 from llmscale.training import report, state
-from llmscale.training.batches import Batch, micro_batches
+from llmscale.training.batches import Batch, Checked, agreed
 from llmscale.training.engine import Engine, quiet_deepspeed
 from llmscale.training.learning_rate import learning_rate
 from llmscale.training.loop import Events, StepResult, StepTimes, train
@@ -187,7 +187,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         for note in seen.notes:
             recorder.note(f"data: {note}")
 
-    def loader(stream: Stream, position: int, batches: int) -> Loader[list[Batch]]:
+    def loader(stream: Stream, position: int, batches: int) -> Loader[Checked]:
         end = stream.end_of_document if config.data.mask_documents else None
         return Loader(
             stream,
@@ -197,11 +197,12 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             position=position,
             batches=batches,
             prefetch=PREFETCH,
-            collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device, end),
+            collate=lambda rows: Checked.of(rows, config.training.micro_batch_size, device, end),
         )
 
     saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
     figures: dict[str, float] = {}
+    skips = config.data.on_error == "skip"
 
     def ended(saved: Saved | None) -> None:
         if saved is None:
@@ -216,7 +217,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     def write(step: int) -> None:
         began = time.monotonic()
-        facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state()), described, versions())
+        facts = manifest(run, step, seen, _of_all_ranks(run.train, ahead.state(), run.layout), described, versions())
         ended(saver.save(step, list(state.fragments(engine)), state.random_state(), facts))
         figures["checkpoint_pause_seconds"] = time.monotonic() - began
         if not config.checkpoint.asynchronous:
@@ -224,7 +225,9 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     def validation(stream: Stream) -> Iterator[list[Batch]]:
         with loader(stream, 0, config.training.validation_batches) as batches:
-            yield from batches
+            yield from agreed(batches, groups.model, device)
+        if skips:
+            _left_out(stream, 0, run.layout)
 
     def rate(step: int) -> float:
         return learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
@@ -237,10 +240,12 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     def step(number: int, result: StepResult, rate: float, times: StepTimes) -> None:
         position = seen.sequences + (number - seen.steps) * config.training.global_batch_size
-        skips = config.data.on_error == "skip"
         # All ranks wait for the one whose batch comes last.
         times = replace(times, data_seconds=_most_of_ranks(times.data_seconds))
-        recorder.step(number, result, rate, times, {**_data_figures(run.train, position, skips), **figures})
+        data = _data_figures(run.train, position)
+        if skips:
+            data["data_skipped_samples"], data["data_replaced_sequences"] = _left_out(run.train, position, run.layout)
+        recorder.step(number, result, rate, times, {**data, **figures})
         figures.clear()
 
     events = Events(step=step, validation=recorder.validation, save=write, always=lambda: ended(saver.poll()))
@@ -250,7 +255,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     early = _most_of_ranks(stop.received() is not None) > 0
     if not early:
         try:
-            last = train(engine, ahead, validate, rate, config, seen.steps, events)
+            read = agreed(ahead, groups.model, device)
+            last = train(engine, read, validate, rate, config, seen.steps, events)
         except TrainingError:  # on all ranks alike: what is being saved is worth its time
             saver.wait()
             raise
@@ -317,26 +323,42 @@ def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen
     return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes))
 
 
-def _of_all_ranks(stream: Stream, own: dict[str, Any]) -> dict[str, Any]:
+def _of_all_ranks(stream: Stream, own: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The stream's state: each data-parallel rank knows the sequences that it read."""
     states: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(states, own)
-    return stream.merge(states)
+    return stream.merge([state for rank, state in enumerate(states) if _first_of_replica(layout, rank)])
 
 
-def _data_figures(stream: Stream, position: int, skips: bool) -> dict[str, Any]:
-    """What the rows of metrics say of the data: passes over each source, what was left out, what this rank fetched."""
+def _first_of_replica(layout: Layout, rank: int) -> bool:
+    """One rank of those that read the same sequences."""
+    position = layout.position(rank)
+    return position.tensor == position.pipeline == 0
+
+
+def _left_out(stream: Stream, position: int, layout: Layout) -> tuple[int, int]:
+    """(broken samples, sequences of the first `position` ones that they cost) over all ranks; all of them call it.
+
+    Raises:
+        DataError: on all ranks, where together they have left out more than may be.
+    """
+    own, first = stream.left_out(position), _first_of_replica(layout, dist.get_rank())
+    counts = torch.tensor([own.unshared, own.replaced]) * first
+    counts = counts.to(torch.cuda.current_device())
+    dist.all_reduce(counts)
+    unshared, replaced = counts.tolist()
+    if unshared:
+        _of_all_ranks(stream, stream.state(position), layout)
+    return stream.left_out(position).units, own.carried + replaced
+
+
+def _data_figures(stream: Stream, position: int) -> dict[str, Any]:
+    """What the rows of metrics say of the data: passes over each source, and what this rank fetched."""
     own = stream.counters()
     fetched = {name: value for name, value in own.items() if not name.startswith(("skipped_", "replaced_"))}
     row: dict[str, Any] = {"data_epochs": list(stream.epochs(position))}
     if fetched.get("requests"):
         row |= {f"data_{name}": value for name, value in fetched.items()}
-    if skips:
-        # Ranks meet the same broken samples, each its own share of the sequences that they cost.
-        counts = torch.tensor([own.get("skipped_samples", 0), own.get("replaced_sequences", 0)], dtype=torch.float64)
-        counts = counts.to(torch.cuda.current_device())
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        row["data_skipped_samples"], row["data_replaced_sequences"] = counts.tolist()
     return row
 
 

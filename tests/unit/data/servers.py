@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import socketserver
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-ACTIONS = ("pass", "error", "stall", "truncate", "flip", "deny")
+ACTIONS = ("pass", "error", "stall", "truncate", "shorten", "flip", "deny")
 
 
 class Proxy(socketserver.ThreadingTCPServer):
@@ -81,6 +82,9 @@ class _Handler(socketserver.StreamRequestHandler):
         head, _, content = whole.partition(b"\r\n\r\n")
         if action == "truncate":
             content = content[: len(content) // 2]
+        if action == "shorten":  # and lies about it
+            content = content[: len(content) // 2]
+            head = re.sub(rb"(?i)(content-length: )\d+", rb"\g<1>%d" % len(content), head)
         if action == "flip" and len(content) < 250:  # a first label: no checksum is its own
             content = b""
         elif action == "flip":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -73,7 +74,7 @@ def expected(folder: Path, broken: set[int], length: int) -> np.ndarray:
 
     def sound(sequence: int) -> bool:
         start = sequence * length
-        return not broken & set(range(start // SAMPLE, (start + length - 1) // SAMPLE + 1))
+        return not broken & set(range(start // SAMPLE, (start + length) // SAMPLE + 1))
 
     found = []
     for place in range(order.size):
@@ -121,6 +122,46 @@ def test_a_broken_sample_stops_the_run_with_shard_and_sample(whole: Path, tmp_pa
     ):
         read(source(folder))
     assert read(source(folder, verify="never")).shape[1] == 17
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_first_token_of_a_broken_sample_is_nobodys_label(remote: bool, whole: Path, tmp_path: Path) -> None:
+    """It is an id like any other, and only the checksum of its sample tells."""
+    folder = tmp_path / "split"
+    shutil.copytree(whole, folder)
+    flip(folder, 3, at=0)
+    place, cache = str(folder), None
+    if remote:
+        memory = fsspec.filesystem("memory")
+        for path in folder.iterdir():
+            memory.pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+        place, cache = f"memory://{tmp_path.name}", Cache(tmp_path / "cache", 1 << 20)
+    before = 3 * SAMPLE // 16 - 1
+    order = Order(source(whole).sequences, SAMPLE // 16, WINDOW, SEED)
+    where = order.sequences(np.arange(order.size), 0).tolist().index(before)
+    found = source(place, cache=cache, on_error="skip")
+    assert np.array_equal(read(found, [where]), expected(whole, {3}, 16)[[where]])
+    assert not np.array_equal(read(found, [where]), read(source(whole), [where]))
+    found.close()
+
+
+@pytest.mark.parametrize("target", ["shard-00001.tar", "/proc/self/mem"])  # ELOOP when opened, EIO when read
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_what_this_machine_cannot_read_stops_the_run_and_breaks_nothing(
+    on_error: Any, target: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "split"
+    shutil.copytree(whole, folder)
+    one = source(folder, on_error=on_error, report=tmp_path / "report")
+    (folder / "shard-00001.tar").unlink()
+    (folder / "shard-00001.tar").symlink_to(target)
+    wanted = r"shard-00001\.tar: cannot be read on this machine: .*; check its file system"
+    if on_error == "stop" and target == "/proc/self/mem":  # its size is looked at first
+        wanted = r"shard-00001\.tar: sample .* the shard has 0 bytes"
+    with pytest.raises(DataError, match=wanted):
+        read(one)
+    assert one.counters()["skipped_samples"] == 0
+    assert not (tmp_path / "report").exists()
 
 
 def cut(folder: Path) -> None:
@@ -174,8 +215,7 @@ def test_skipping_counts_and_reports_every_way_to_be_broken(
     assert one.counters()["skipped_samples"] == len(lines)
     assert one.counters()["replaced_sequences"] >= 2 * 4 * len(lines)
     broken = {int(line["sample"]) for line in lines}
-    if harm is not remove:  # then a last label before it is missing as well
-        assert np.array_equal(read(one), expected(whole, broken, 16))
+    assert np.array_equal(read(one), expected(whole, broken, 16))
 
 
 def test_more_broken_samples_than_allowed_stop_the_run(whole: Path, tmp_path: Path) -> None:
@@ -246,6 +286,10 @@ def test_ids_beyond_the_vocabulary_are_found_without_checksums_too(whole: Path, 
         ({"name": ".."}, r"is not a plain file name"),
         ({"name": "shard-00001.tar"}, r"index\.json: lists a shard twice"),
         ({"bytes": 1 << 60}, r"shards\.0\.bytes: Input should be less than or equal to"),
+        (
+            {"bytes": 1 << 41},
+            r"index\.json: shards\.0\.bytes: 2199023255552 are more than 3 samples of 64 tokens take; ",
+        ),
         ({"bytes": -1}, r"shards\.0\.bytes: "),
         ({"offsets": [640, 640, 640]}, r"shards\.0: offsets beyond the shard, out of order, or without checksums"),
         ({"offsets": [-640, 640, 6400]}, r"shards\.0: offsets beyond the shard"),
@@ -279,3 +323,17 @@ def test_a_broken_sample_behind_a_command_is_fetched_again_and_then_left_out(who
         read(source(url, cache=Cache(tmp_path / "cache", 1 << 20)))
     one = source(url, cache=Cache(tmp_path / "cache", 1 << 20), on_error="skip")
     assert np.array_equal(read(one), expected(whole, {4}, 16))
+
+
+def test_a_cache_that_cannot_be_opened_is_said_and_breaks_nothing(whole: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 1 << 20)
+    one = source(f"pipe:cat {whole}/{{name}}", cache=cache, on_error="skip")
+    read(one)
+    for name in ("shard-00000.tar", "shard-00001.tar"):
+        path = cache.path(one._split.key, name)
+        path.unlink()
+        path.symlink_to(name)
+    with pytest.raises(DataError, match=r"cache: the cache cannot be opened: .*; check its file system"):
+        read(one)
+    assert one.counters()["skipped_samples"] == 0
+    one.close()

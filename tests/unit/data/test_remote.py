@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -112,6 +113,18 @@ def test_what_fails_now_and_then_is_asked_again_and_right(
     proxy.plan.extend([action, "pass", "pass", action, "pass", action])
     assert np.array_equal(read(one), local)
     assert one.counters()["retries"] >= 3
+    one.close()
+
+
+def test_answers_that_are_too_short_time_and_again_do_not_make_a_whole_shard_a_broken_one(
+    place: str, proxy: Proxy, local: np.ndarray, cache: Cache
+) -> None:
+    one = source(Split(place, cache, CALM), on_error="skip", max_skipped=1.0)
+    proxy.plan.extend(["shorten"] * 12)
+    assert np.array_equal(read(one, 1), local[:1])
+    assert one.counters()["retries"] == 12
+    assert np.array_equal(read(one), local)
+    assert one.counters()["skipped_samples"] == 0
     one.close()
 
 
@@ -331,6 +344,40 @@ def test_a_command_that_fails_is_ended_and_quoted(
     monkeypatch.setattr("llmscale.data.split._MOST_CARD_BYTES", 1 << 20)
     with pytest.raises(DataError, match=message):
         Split(f"pipe:{command}", cache, HASTY)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "nosuchcommand cp {name} -",
+            r"pipe:nosuchcommand cp card\.json -: exit status 127: .*not found; correct the ",
+        ),
+        ("/ {name}", r"pipe:/ card\.json: exit status 126: .*; correct the command, or install it"),
+    ],
+)
+def test_a_command_that_is_not_there_is_said_at_once(command: str, message: str, cache: Cache) -> None:
+    with pytest.raises(UsageError, match=message):
+        Split(f"pipe:{command}", cache, CALM)
+    assert cache.counters.requests == 1
+
+
+def test_a_store_that_keeps_failing_is_warned_of_while_it_is_waited_for(
+    place: str, proxy: Proxy, local: np.ndarray, cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name.startswith("llmscale")]
+
+    one = source(Split(place, cache, CALM))
+    proxy.plan.extend(["error", "error"])
+    assert np.array_equal(read(one, 1), local[:1])
+    assert said() == []
+    proxy.plan.extend(["error"] * 20)
+    assert np.array_equal(read(one), local)
+    (message,) = said()  # one for all requests that fail together
+    wanted = r"s3://data/.*shard-\d+\.tar: 3 attempts in \d+ s failed, the last with: .*; trying on, for 120 s"
+    assert re.match(wanted, message)
+    one.close()
 
 
 def test_a_command_without_a_name_is_refused(cache: Cache) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -159,6 +161,22 @@ def test_reweighted_and_added_sources_leave_the_others_where_they_were(
     assert np.array_equal(third.read(range(position + 30, position + 80)), read[30:])
 
 
+def test_a_stream_that_falls_back_to_an_older_state_keeps_nothing_of_the_newer(
+    built: list[tuple[str, float]],
+) -> None:
+    older = Stream(built[:1], 16, seed=9).state(40)
+    newer = Stream(built, 16, seed=9)
+    newer.resume(older)
+    state = newer.state(100)
+    state["sources"][1]["left_out"] = {"units": [3], "replaced": 5}
+    both, direct = Stream(built, 16, seed=9), Stream(built, 16, seed=9)
+    both.resume(state)
+    assert both.resume(older) == direct.resume(older)
+    assert both.counts(40) == direct.counts(40) == (40, 0, 0)
+    assert both.left_out(40) == direct.left_out(40)
+    assert np.array_equal(both.read(range(40, 100)), direct.read(range(40, 100)))
+
+
 def test_a_source_that_was_built_anew_begins_at_its_first_sequence(write_split: WriteSplit) -> None:
     folder = write_split("a", [50] * 40)
     stream = Stream([(str(folder), 1.0)], 16, seed=1)
@@ -200,6 +218,25 @@ def test_lengths_and_counts_below_one_are_refused_by_name(write_split: WriteSpli
     for reading in (Reading(shuffle_window=0), Reading(workers=0), Reading(readers=0), Reading(cache_bytes=-1)):
         with pytest.raises(UsageError, match=r"(shuffle_window|workers|readers|cache_bytes) -?\d: give at least 1"):
             Stream(sources, 16, seed=1, reading=reading)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_any_number_of_sources_keeps_within_the_limit_on_open_files(
+    count: int, write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [(str(write_split(f"{n}", [64 * 20], shard_samples=1, first=2000 * n + 1)), 1.0) for n in range(count)]
+    wanted = Stream(sources, 32, seed=3).read(range(30 * count))
+    monkeypatch.setattr(streams, "_OPEN_SHARDS", 8)
+    stream = Stream(sources, 32, 3, Reading(on_error="skip", max_skipped=1.0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1 + 10, hard))
+    try:
+        found = [stream.read(range(first, first + 10)) for first in range(0, 30 * count, 10)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(np.concatenate(found), wanted)
+    assert stream.counters()["skipped_samples"] == 0
+    stream.close()
 
 
 def test_too_little_text_for_one_sequence_is_refused(write_split: WriteSplit) -> None:

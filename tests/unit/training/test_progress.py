@@ -35,6 +35,16 @@ def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     ]
 
 
+def test_a_run_that_leaves_samples_out_says_so_at_each_step() -> None:
+    stream = io.StringIO()
+    with Display("run", 100, 10, stream) as display:
+        display.step({**row(11), "data_skipped_samples": 0})
+        display.step({**row(12), "data_skipped_samples": 3})
+    first, second = stream.getvalue().splitlines()
+    assert "skipped" not in first
+    assert "grad norm 0.500  skipped 3 samples  ETA" in second
+
+
 def test_one_slow_step_does_not_move_the_remaining_time() -> None:
     stream = io.StringIO()
     with Display("run", 100, 0, stream) as display:
