@@ -45,7 +45,7 @@ class _Size(click.ParamType[int]):
     "--tolerance", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True,
     help="Largest difference of two logits that passes.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUTPUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def to_hf(
     checkpoint: str,
@@ -87,26 +87,31 @@ def to_hf(
         )
     proof = export.parity
     if as_json:
-        content = {**asdict(export), "output": str(output), "checkpoint": str(found.path), "failed": export.failed}
+        content = {
+            **asdict(export),
+            "output": str(export.output),
+            "checkpoint": str(found.path),
+            "failed": export.failed,
+        }
         click.echo(json.dumps(content))
     else:
         size = f"{export.parameters:,} parameters in {export.dtype}, {export.shards} file(s)"
-        click.echo(f"{output}: {export.architecture}, {size}")
+        click.echo(f"{export.output}: {export.architecture}, {size}")
         if proof is None:
             click.echo("  not verified")
         elif proof.equal:
             click.echo(f"  verified: logits differ by at most {proof.difference:.1e}, of {proof.largest:.3g}")
     if proof is not None and not proof.equal:
         raise ConversionError(
-            f"{output}: FAILED: its logits differ by {proof.difference:.1e} from the checkpoint's, and the tolerance "
-            f"is {proof.tolerance:.0e}; do not use it, and report this"
+            f"{export.output}: FAILED: its logits differ by {proof.difference:.1e} from the checkpoint's, and the "
+            f"tolerance is {proof.tolerance:.0e}; do not use it, and report this"
         )
 
 
 @command.command("from-hf", epilog="Example: llmscale convert from-hf downloaded/llama imported")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUTPUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def from_hf(folder: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Import the model in FOLDER, which save_pretrained or a download wrote, so that runs on any layout start from it.

@@ -25,6 +25,7 @@ from llmscale.checkpoint.save import step_name, write_records
 from llmscale.checkpoint.tensor_file import Header, Reader, synced_behind, write
 from llmscale.config import yaml_text
 from llmscale.config.schema import Model
+from llmscale.convert.destination import MODEL, destination
 from llmscale.convert.to_hf import SHARD_BYTES, TOKENIZER_FILES
 from llmscale.convert.transforms import Pair, pairs, to_ours
 from llmscale.errors import ConversionError, UsageError
@@ -114,17 +115,13 @@ def from_hf(
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no config.json there; name a folder that save_pretrained wrote")
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: is there already; name another folder, or replace it with --overwrite")
     config = _json(folder / "config.json")
     family = _family(config)
     model = _model(family, config)
     source = Source(folder)
     found = _match(list(pairs(family, model, model.vocab_size or 0)), source, family, folder)
-    work = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        step = work / "checkpoints" / step_name(0)
+    with destination(output, folders=[folder], overwrite=overwrite) as place:
+        step = place.work / "checkpoints" / step_name(0)
         step.mkdir(parents=True)
         _write(
             found,
@@ -135,17 +132,10 @@ def from_hf(
             report,
         )
         keys = model.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
-        (work / "model.yaml").write_text(yaml_text.write(keys), encoding="utf-8")
+        (place.work / MODEL).write_text(yaml_text.write(keys), encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, work / name)
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    except OSError as error:
-        raise ConversionError(f"{output}: cannot be written: {error.strerror or error}; name another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                shutil.copyfile(folder / name, place.work / name)
     parameters = sum(pair.weight.numel for pair, _ in found)
     return Import(output, output / "checkpoints" / step_name(0), family.name, parameters, keys)
 

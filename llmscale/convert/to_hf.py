@@ -1,7 +1,7 @@
 """From a checkpoint to a folder that transformers loads with no code of ours.
 
-One weight is in memory at a time, whatever the model's size. The folder is written under a hidden name and renamed when
-it is whole and, unless told otherwise, proven (`parity.py`).
+A few weights are in memory at a time, whatever the model's size. The folder is written under a hidden name and renamed
+when it is whole and, unless told otherwise, proven (`parity.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.tensor_file import Header, synced_behind, write
 from llmscale.convert import card, parity
+from llmscale.convert.destination import FACTS, destination
 from llmscale.convert.transforms import Pair, pairs, to_theirs
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import ConversionError, UsageError
@@ -26,7 +27,6 @@ from llmscale.models.family import families
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Dtype = Literal["bf16", "fp16", "fp32"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-FACTS = "llmscale.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -69,17 +69,14 @@ def to_hf(
         UsageError: the output is not empty. ConversionError: the format has no place for a part of the model.
         CheckpointError: the checkpoint is broken.
     """
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: is there already; name another folder, or replace it with --overwrite")
     model = checkpoint.model
     family = families()[model.family]
     vocab_size = model.vocab_size or 0
     dtype = dtype or checkpoint.precision
     config = family.hugging_face.to_config(family.settled(model))
-    work = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
+    files = [tokenizer] if tokenizer else []
+    with destination(output, folders=[checkpoint.path], files=files, overwrite=overwrite) as place:
+        work = place.work
         special = _tokenizer(checkpoint, tokenizer, work, model.max_position_embeddings, vocab_size)
         _json(work / "config.json", {
             "architectures": [family.hugging_face.architecture],
@@ -94,20 +91,19 @@ def to_hf(
         shards = _shards(list(pairs(family, model, vocab_size)), DTYPES[dtype], max_shard_bytes)
         size = _weights(checkpoint, shards, DTYPES[dtype], work, report)
         proof = parity.compare(checkpoint, work, DTYPES[dtype], tolerance) if verify else None
+        place.failed = proof is not None and not proof.equal
         export = Export(
-            output, family.hugging_face.architecture, dtype, sum(w.numel for w in checkpoint.weights.values()), size,
-            len(shards), proof,
+            place.final, family.hugging_face.architecture, dtype, sum(w.numel for w in checkpoint.weights.values()),
+            size, len(shards), proof,
         )  # fmt: skip
-        facts = {**asdict(export), "output": output.name, "failed": export.failed, "checkpoint": card.facts(checkpoint)}
+        facts = {
+            **asdict(export),
+            "output": place.final.name,
+            "failed": export.failed,
+            "checkpoint": card.facts(checkpoint),
+        }
         _json(work / FACTS, facts)
         (work / "README.md").write_text(card.text(checkpoint, export.architecture, dtype, proof), encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    except OSError as error:
-        raise ConversionError(f"{output}: cannot be written: {error.strerror or error}; name another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return export
 
 
