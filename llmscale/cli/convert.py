@@ -36,10 +36,13 @@ class _Size(click.ParamType[int]):
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Of the tensors; what the run computed in when not given.",
+    help="Of the tensors; when not given what the run computed in, or what an imported model came in.",
 )
 @click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes of one file.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the run's own when not given.")
+@click.option(
+    "--end-of-document", metavar="TOKEN", help="What ends a document; what the checkpoint tells if not given."
+)
 @click.option("--verify/--no-verify", default=True, help="Compare transformers' logits with llmscale's own.")
 @click.option(
     "--tolerance", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True,
@@ -53,6 +56,7 @@ def to_hf(
     dtype: str | None,
     max_shard_size: int,
     tokenizer: Path | None,
+    end_of_document: str | None,
     verify: bool,
     tolerance: float,
     overwrite: bool,
@@ -80,6 +84,7 @@ def to_hf(
             dtype=dtype,  # type: ignore[arg-type]
             max_shard_bytes=max_shard_size,
             tokenizer=tokenizer,
+            end_of_document=end_of_document,
             verify=verify,
             tolerance=tolerance,
             overwrite=overwrite,
@@ -132,6 +137,8 @@ def from_hf(folder: Path, output: Path, overwrite: bool, as_json: bool) -> None:
         click.echo(json.dumps(content))
         return
     click.echo(f"{output}: {found.family}, {found.parameters:,} parameters")
+    if not found.tokenizer:
+        click.echo("  no file of a tokenizer came with it: to generate from it or export it, name one with --tokenizer")
     click.echo("  to go on from it, say in the run's config:")
     click.echo(f"    model: {{preset: {output / 'model.yaml'}}}")
     click.echo(f"    checkpoint: {{start_from: {output}}}")

@@ -47,7 +47,7 @@ def text(checkpoint: Checkpoint, architecture: str, dtype: str, parity: Parity |
         ("versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
     ]
     if about["imported"]:
-        rows.append(("imported from", ", ".join(f"{key} {value}" for key, value in about["imported"].items())))
+        rows.append(("imported from", "folder {folder}, architecture {architecture}".format(**about["imported"])))
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llmscale]", "---", ""]
     lines += [f"# {about['run'] or checkpoint.path.name}", "", _proof(parity), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]

@@ -41,11 +41,14 @@ class Parity:
 def compare(
     checkpoint: Checkpoint,
     export: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     tolerance: float = TOLERANCE,
     most_bytes: int | None = None,
 ) -> Parity:
-    """Compare an export with the checkpoint that it was made of. dtype: of the export. most_bytes: see open_model."""
+    """Compare an export with the checkpoint that it was made of.
+
+    dtype: what its weights were rounded to; None: they were not. most_bytes: see open_model.
+    """
     model = checkpoint.model
     length = min(LENGTH, model.max_position_embeddings)
     vocab_size = model.vocab_size or 0
@@ -53,7 +56,7 @@ def compare(
     tokens = torch.randint(0, vocab_size, (SEQUENCES, length), generator=generator)
 
     def whole(name: str) -> torch.Tensor:
-        return checkpoint.whole(name).to(dtype).float()
+        return checkpoint.whole(name).to(dtype or torch.float32).float()
 
     with open_model(model, whole, "fp32", most_bytes) as (stage, device), torch.no_grad():
         ours = stage(tokens.to(device))[..., :vocab_size].transpose(0, 1).float().cpu()

@@ -26,7 +26,8 @@ from llmscale.models.family import families
 
 BASE: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 0,
+    "num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 96,
+    "bos_token_id": 5, "eos_token_id": [6, 40], "pad_token_id": 7,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -40,7 +41,8 @@ GPT2 = {
     "vocab_size": 331,
     "n_positions": 96,
     "bos_token_id": 0,
-    "eos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
 CASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**BASE),
@@ -109,15 +111,27 @@ def test_there_and_back_gives_the_same_bytes_and_the_same_logits(case: str, dtyp
         "_name_or_path",
         "transformers_version",
         "dtype",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
         "n_inner",
     }
     same = {key for key in one if key in two and key not in unsaid}
     assert {key: one[key] for key in same if "dropout" not in key} == {
         key: two[key] for key in same if "dropout" not in key
     }
+
+
+def test_every_tensor_comes_back_in_the_type_that_it_had(llama: Path, tmp_path: Path) -> None:
+    before = {name: tensor.half() for name, tensor in tensors(llama).items()}
+    before["model.layers.0.self_attn.q_proj.weight"] = before["model.layers.0.self_attn.q_proj.weight"].bfloat16()
+    before["model.norm.weight"] = tensors(llama)["model.norm.weight"]
+    save_file(before, llama / "model.safetensors")
+    found = from_hf(llama, tmp_path / "ours")
+    result = export(found, tmp_path / "again")
+    assert result.dtype == "fp16" and result.parity is not None and result.parity.difference < 1e-5
+    after = tensors(tmp_path / "again")
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    export(found, tmp_path / "asked", dtype="bf16", verify=False)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "asked").values()} == {torch.bfloat16}
 
 
 def test_the_proof_finds_a_wrong_weight_and_a_wrong_key(llama: Path, tmp_path: Path) -> None:
@@ -172,6 +186,8 @@ def test_a_failed_proof_is_said_everywhere(llama: Path, tmp_path: Path, monkeypa
 
 def test_the_tokenizer_and_its_end_of_document_come_along(llama: Path, tmp_path: Path) -> None:
     tokenizer.write(tokenizer.train(["some words of some text"] * 9, 270), llama / "tokenizer.json")
+    edit(bos_token_id=0, eos_token_id=0)(llama)
+    (llama / "generation_config.json").write_text('{"eos_token_id": 0}')
     found = from_hf(llama, tmp_path / "ours")
     export(found, tmp_path / "out", verify=False)
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
