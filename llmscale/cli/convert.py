@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from llmscale.cli.numbers import Finite
 from llmscale.cli.progress import display
 from llmscale.errors import ConversionError
 
@@ -45,7 +46,7 @@ class _Size(click.ParamType[int]):
 )
 @click.option("--verify/--no-verify", default=True, help="Compare transformers' logits with llmscale's own.")
 @click.option(
-    "--tolerance", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True,
+    "--tolerance", type=Finite(0, min_open=True), default=1e-4, show_default=True,
     help="Largest difference of two logits that passes.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUTPUT.")

@@ -124,9 +124,9 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def fingerprint(path: Path) -> str:
-    """`Tokenizer.sha256` of a tokenizer, whatever ends its documents."""
-    return hashlib.sha256(_read(_file(path), None)).hexdigest()
+def tokenizer_json(path: Path) -> bytes:
+    """The text of the tokenizer.json that a tokenizer's file, or one in a folder, is or is converted to."""
+    return _read(_file(path), None)
 
 
 @lru_cache(maxsize=1)
