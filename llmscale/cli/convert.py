@@ -110,7 +110,8 @@ def to_hf(
     if proof is not None and not proof.equal:
         raise ConversionError(
             f"{export.output}: FAILED: its logits differ by {proof.difference:.1e} from the checkpoint's, and the "
-            f"tolerance is {proof.tolerance:.0e}; do not use it, and report this"
+            f"tolerance is {proof.tolerance:.0e}; its embeddings {'are' if proof.same_embeddings else 'are not'} the "
+            "same; do not use it, and report this"
         )
 
 

@@ -95,7 +95,7 @@ def _family(config: Mapping[str, Any]) -> Family:
         raise ConversionError("config.json: auto_map names code of the model's own, which is never run here")
     if config.get("quantization_config"):
         raise ConversionError("config.json: quantization_config: a quantised model; supported are fp32, fp16 and bf16")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         reason = UNSUPPORTED.get(str(kind), "is not among the families that are built")
         raise ConversionError(f"config.json: model_type {kind!r}: {reason}; supported: {', '.join(sorted(known))}")
     family = known[kind]

@@ -146,6 +146,44 @@ def test_the_proof_finds_a_wrong_weight_and_a_wrong_key(llama: Path, tmp_path: P
         assert not found.equal and found.difference > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("llama", "model.embed_tokens.weight"),
+        ("gpt2-untied", "transformer.wte.weight"),
+        ("gpt2-untied", "transformer.wpe.weight"),
+    ],
+)
+def test_the_proof_finds_a_row_that_its_tokens_do_not_visit(case: str, name: str, tmp_path: Path) -> None:
+    config = CASES[case]()
+    config.max_position_embeddings, config.vocab_size = 200, 1000
+    save_random(config, tmp_path / "theirs", torch.bfloat16)
+    checkpoint = Checkpoint(from_hf(tmp_path / "theirs", tmp_path / "ours").checkpoint)
+    assert to_hf(checkpoint, tmp_path / "out").failed is False
+    generator = torch.Generator().manual_seed(parity.SEED)
+    seen = torch.randint(0, 1000, (parity.SEQUENCES, parity.LENGTH), generator=generator)
+    found = tensors(tmp_path / "out")
+    row = 199 if "wpe" in name else next(row for row in range(1000) if row not in seen)
+    found[name][row, 3] += 1
+    save_file(found, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    proof = parity.compare(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert not proof.same_embeddings and not proof.equal and proof.difference < 1e-5
+
+
+def test_the_proof_finds_another_stretch_of_far_positions(tmp_path: Path) -> None:
+    rope = {**LLAMA3, "original_max_position_embeddings": 8192}
+    keys = {**BASE, "hidden_size": 128, "head_dim": 32, "max_position_embeddings": 131072, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**keys, rope_parameters=rope)
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")  # as a run begins
+    checkpoint = Checkpoint(from_hf(tmp_path / "theirs", tmp_path / "ours").checkpoint)
+    proof = to_hf(checkpoint, tmp_path / "out").parity
+    assert proof is not None and proof.difference < 1e-5
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    edit(rope_scaling={**written["rope_scaling"], "factor": 32.0})(tmp_path / "out")
+    assert not parity.compare(checkpoint, tmp_path / "out", torch.float32).equal
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_proof_is_the_same_where_memory_holds_one_layer(case: str, tmp_path: Path) -> None:
     save_random(CASES[case](), tmp_path / "theirs", torch.bfloat16, "40KB")
@@ -226,6 +264,10 @@ def add_a_tensor(folder: Path) -> None:
     )
 
 
+def map_to_numbers(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 5}}))
+
+
 def quantise(folder: Path) -> None:
     found = tensors(folder)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -260,6 +302,14 @@ def cut(folder: Path) -> None:
         (edit(num_hidden_layers=4), r"9 tensor\(s\) missing, such as model\.layers\.3"),
         (edit(vocab_size=None), r"config\.json: no vocab_size"),
         (edit(num_attention_heads=0), r"num_attention_heads|division"),
+        (edit(model_type=["llama"]), r"model_type \['llama'\]: is not among the families"),
+        (edit(rope_parameters=[1]), r"config\.json: rope_parameters is \[1\]; an object is wanted"),
+        (edit(rope_scaling="linear"), r'config\.json: rope_scaling is "linear"; an object is wanted'),
+        (edit(rope_parameters=None, rope_theta="abc"), r'rope_theta is "abc"; a number above 0 is wanted'),
+        (edit(tie_word_embeddings="false"), r'tie_word_embeddings is "false"; true or false is wanted'),
+        (edit(head_dim=0), r"head_dim is 0; a whole number above 0 is wanted"),
+        (edit(num_key_value_heads="2"), r'num_key_value_heads is "2"; a whole number above 0 is wanted'),
+        (map_to_numbers, r"index\.json: no weight_map of tensors to files"),
         (rename_a_tensor, r"1 tensor\(s\) missing, such as model\.layers\.0\.mlp\.down_proj\.weight"),
         (add_a_tensor, r"1 tensor\(s\) that config\.json does not speak of, such as .*q_proj\.bias"),
         (quantise, r"down_proj\.weight is of type I8: a quantised model"),

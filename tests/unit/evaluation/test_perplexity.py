@@ -124,7 +124,8 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_documents_end_as_the_model_knows_them(folder: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
     tokenizer.write(tokenizer.train([TEXT * 3], 280, ("[PAD]", "[EOS]")), model / "tokenizer.json")
-    build([str(folder / "a")], model / "tokenizer.json", tmp_path / "data", "[EOS]", validation_fraction=0.0)
+    words, output = model / "tokenizer.json", tmp_path / "data"
+    build([str(folder / "a")], words, output, end_of_document="[EOS]", validation_fraction=0.0)
     arguments = ["perplexity", str(model), "--data", str(tmp_path / "data" / "train")]
     refused = CliRunner().invoke(command, arguments).exception
     assert isinstance(refused, UsageError) and "documents end with the id 1, the model's with 0" in str(refused)
