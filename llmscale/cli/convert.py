@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from llmscale.cli.numbers import Finite
 from llmscale.cli.progress import display
 from llmscale.errors import ConversionError
 
@@ -36,16 +37,19 @@ class _Size(click.ParamType[int]):
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Of the tensors; what the run computed in when not given.",
+    help="Of the tensors; when not given what the run computed in, or what an imported model came in.",
 )
 @click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes of one file.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the run's own when not given.")
+@click.option(
+    "--end-of-document", metavar="TOKEN", help="What ends a document; what the checkpoint tells if not given."
+)
 @click.option("--verify/--no-verify", default=True, help="Compare transformers' logits with llmscale's own.")
 @click.option(
-    "--tolerance", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True,
+    "--tolerance", type=Finite(0, min_open=True), default=1e-4, show_default=True,
     help="Largest difference of two logits that passes.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUTPUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def to_hf(
     checkpoint: str,
@@ -53,6 +57,7 @@ def to_hf(
     dtype: str | None,
     max_shard_size: int,
     tokenizer: Path | None,
+    end_of_document: str | None,
     verify: bool,
     tolerance: float,
     overwrite: bool,
@@ -80,6 +85,7 @@ def to_hf(
             dtype=dtype,  # type: ignore[arg-type]
             max_shard_bytes=max_shard_size,
             tokenizer=tokenizer,
+            end_of_document=end_of_document,
             verify=verify,
             tolerance=tolerance,
             overwrite=overwrite,
@@ -87,26 +93,32 @@ def to_hf(
         )
     proof = export.parity
     if as_json:
-        content = {**asdict(export), "output": str(output), "checkpoint": str(found.path), "failed": export.failed}
+        content = {
+            **asdict(export),
+            "output": str(export.output),
+            "checkpoint": str(found.path),
+            "failed": export.failed,
+        }
         click.echo(json.dumps(content))
     else:
         size = f"{export.parameters:,} parameters in {export.dtype}, {export.shards} file(s)"
-        click.echo(f"{output}: {export.architecture}, {size}")
+        click.echo(f"{export.output}: {export.architecture}, {size}")
         if proof is None:
             click.echo("  not verified")
         elif proof.equal:
             click.echo(f"  verified: logits differ by at most {proof.difference:.1e}, of {proof.largest:.3g}")
     if proof is not None and not proof.equal:
         raise ConversionError(
-            f"{output}: FAILED: its logits differ by {proof.difference:.1e} from the checkpoint's, and the tolerance "
-            f"is {proof.tolerance:.0e}; do not use it, and report this"
+            f"{export.output}: FAILED: its logits differ by {proof.difference:.1e} from the checkpoint's, and the "
+            f"tolerance is {proof.tolerance:.0e}; its embeddings {'are' if proof.same_embeddings else 'are not'} the "
+            "same; do not use it, and report this"
         )
 
 
 @command.command("from-hf", epilog="Example: llmscale convert from-hf downloaded/llama imported")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in OUTPUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def from_hf(folder: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Import the model in FOLDER, which save_pretrained or a download wrote, so that runs on any layout start from it.
@@ -127,6 +139,8 @@ def from_hf(folder: Path, output: Path, overwrite: bool, as_json: bool) -> None:
         click.echo(json.dumps(content))
         return
     click.echo(f"{output}: {found.family}, {found.parameters:,} parameters")
+    if not found.tokenizer:
+        click.echo("  no file of a tokenizer came with it: to generate from it or export it, name one with --tokenizer")
     click.echo("  to go on from it, say in the run's config:")
     click.echo(f"    model: {{preset: {output / 'model.yaml'}}}")
     click.echo(f"    checkpoint: {{start_from: {output}}}")

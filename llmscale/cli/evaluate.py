@@ -38,6 +38,7 @@ def _show(report: Callable[[Progress], None], done: int, total: int) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows of one forward pass.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Read so many tokens of each split; all if not given.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the model's own when not given.")
+@click.option("--end-of-document", metavar="TOKEN", help="What ends a document, besides what the model tells.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def perplexity(
     model: str,
@@ -47,6 +48,7 @@ def perplexity(
     batch_size: int,
     max_tokens: int | None,
     tokenizer: Path | None,
+    end_of_document: str | None,
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL (a step's folder, a run directory, or a folder in Hugging Face's format) on token shards.
@@ -61,10 +63,15 @@ def perplexity(
     from llmscale.evaluation.perplexity import score, together
     from llmscale.inference.generate import open_text_model
 
-    with open_text_model(model, tokenizer) as (place, opened):
+    with open_text_model(model, tokenizer, end_of_document) as (place, opened):
         for split in splits:
-            if split.card.tokenizer_sha256 != opened.words.sha256:
+            if split.card.tokenizer_sha256 != opened.fingerprint:
                 raise UsageError(f"--data {split.place}: was tokenised with another tokenizer than the model's")
+            if opened.ends and split.card.end_of_document not in opened.ends:
+                raise UsageError(
+                    f"--data {split.place}: documents end with the id {split.card.end_of_document}, the model's with "
+                    f"{', '.join(map(str, opened.ends))}; build it with that, or name its own in --end-of-document"
+                )
         window = context or opened.context
         if window > opened.context:
             raise UsageError(f"--context {window}: the model takes {opened.context}")
@@ -108,6 +115,9 @@ def perplexity(
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json of a checkpoint; the run's own if not given."
 )
+@click.option(
+    "--end-of-document", metavar="TOKEN", help="What ends a checkpoint's documents; what it tells if not given."
+)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write all of lm-eval's results here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def harness(
@@ -118,6 +128,7 @@ def harness(
     batch_size: int,
     limit: int | None,
     tokenizer: Path | None,
+    end_of_document: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -134,11 +145,12 @@ def harness(
     if not names:
         raise UsageError("--tasks: names no task")
     quiet_imports()
-    from llmscale.inference.generate import in_hugging_face_format
+    from llmscale.inference.model_folder import in_hugging_face_format
 
-    with in_hugging_face_format(model, tokenizer) as (place, folder, _):
-        if tokenizer and folder == place:
-            raise UsageError(f"--tokenizer: {place} is in Hugging Face's format, and the harness takes its own")
+    with in_hugging_face_format(model, tokenizer, end_of_document) as (place, folder):
+        if (tokenizer or end_of_document) and folder == place:
+            option = f"--tokenizer {tokenizer}" if tokenizer else f"--end-of-document {end_of_document}"
+            raise UsageError(f"{option}: {place} is in Hugging Face's format, and the harness takes its own")
         found = evaluation.harness(
             folder, names, include=include, num_fewshot=num_fewshot, batch_size=batch_size, limit=limit
         )

@@ -47,7 +47,7 @@ def text(checkpoint: Checkpoint, architecture: str, dtype: str, parity: Parity |
         ("versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
     ]
     if about["imported"]:
-        rows.append(("imported from", ", ".join(f"{key} {value}" for key, value in about["imported"].items())))
+        rows.append(("imported from", "folder {folder}, architecture {architecture}".format(**about["imported"])))
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [llmscale]", "---", ""]
     lines += [f"# {about['run'] or checkpoint.path.name}", "", _proof(parity), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
@@ -63,9 +63,10 @@ def text(checkpoint: Checkpoint, architecture: str, dtype: str, parity: Parity |
 def _proof(parity: Parity | None) -> str:
     if parity is None:
         return "**Not verified**: written with `--no-verify`, so nobody has compared its logits with the checkpoint's."
+    rows = "are" if parity.same_embeddings else "are NOT"
     what = (
         f"logits of transformers and of llmscale differ by at most {parity.difference:.1e} (largest logit "
         f"{parity.largest:.3g}, tolerance {parity.tolerance:.0e}) on {parity.sequences} × {parity.length} random "
-        f"tokens, seed {parity.seed}, in fp32."
+        f"tokens, seed {parity.seed}, in fp32; the embeddings {rows} the same, row by row."
     )
     return f"Verified: {what}" if parity.equal else f"**FAILED its verification, do not use it**: {what}"

@@ -2,18 +2,18 @@
 
     OUT/checkpoints/step_00000000/   weights alone, in the types that they have there
     OUT/model.yaml                   the model, for a run that goes on from them: `model: {preset: OUT/model.yaml}`
-    OUT/tokenizer.json …             the tokenizer's files
+    OUT/tokenizer.json …             the tokenizer's files, and generation_config.json
 
-One weight is in memory at a time. Nothing in the folder is run: no code, no pickle.
+A few weights are in memory at a time.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from pydantic import ValidationError
 
 from llmscale.checkpoint.format import FORMAT, WEIGHT, Entry
 from llmscale.checkpoint.save import step_name, write_records
-from llmscale.checkpoint.tensor_file import Header, Reader, synced_behind, write
+from llmscale.checkpoint.tensor_file import Header, synced_behind, write
 from llmscale.config import yaml_text
 from llmscale.config.schema import Model
-from llmscale.convert.to_hf import SHARD_BYTES, TOKENIZER_FILES
+from llmscale.convert.destination import MODEL, destination
+from llmscale.convert.source import Source, json_of
+from llmscale.convert.to_hf import DTYPES, SHARD_BYTES
+from llmscale.convert.tokenizer_files import FILES, GENERATION, copy, special_ids
 from llmscale.convert.transforms import Pair, pairs, to_ours
 from llmscale.errors import ConversionError, UsageError
 from llmscale.models.cut import local_shape
@@ -34,69 +37,17 @@ from llmscale.models.hugging_face import UNSUPPORTED
 from llmscale.models.init import copy_part
 from llmscale.versions import versions
 
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Import:
-    """What was written. checkpoint: its step folder."""
+    """What was written. checkpoint: its step folder. tokenizer: the files that came with the model."""
 
     output: Path
     checkpoint: Path
     family: str
     parameters: int
     model: dict[str, Any]
-
-
-class Source:
-    """The tensors of a folder, by name; read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ConversionError where there are no safetensors files, or broken ones."""
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            places = _json(index).get("weight_map")
-            if not isinstance(places, dict):
-                raise ConversionError(f"{index}: no weight_map; download the folder again")
-            names = sorted(set(places.values()))
-            if strange := [name for name in names if Path(name).name != name]:
-                raise ConversionError(f"{index}: {strange[0]!r} is no file of this folder")
-        else:
-            names = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not names:
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            found = f"holds {pickles[0]}, a pickle, which can run any code" if pickles else "holds no .safetensors file"
-            raise ConversionError(f"{folder}: {found}; save the model with save_pretrained(safe_serialization=True)")
-        self._folder = folder
-        self._opened: dict[str, Reader] = {}
-        self._file_of: dict[str, str] = {}
-        for name in names:
-            try:
-                self._opened[name] = Reader(folder / name)
-            except (OSError, ValueError) as error:
-                raise ConversionError(f"{folder / name}: cannot be read ({error}); download it again") from None
-            self._file_of |= dict.fromkeys(self._opened[name].names, name)
-
-    @property
-    def names(self) -> set[str]:
-        """All tensors."""
-        return set(self._file_of)
-
-    def about(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """(type, shape) of a tensor. Raises ConversionError for a type that no weight has."""
-        kind, shape = self._opened[self._file_of[name]].about(name)
-        if kind not in _TYPES:
-            raise ConversionError(
-                f"{self._folder}: {name} is of type {kind}: a quantised model; supported is {', '.join(_TYPES)}"
-            )
-        return _TYPES[kind], shape
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor."""
-        try:
-            return self._opened[self._file_of[name]].read(name)
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"{self._folder / self._file_of[name]}: {name} cannot be read ({error})") from None
+    tokenizer: tuple[str, ...]
 
 
 def from_hf(
@@ -114,50 +65,27 @@ def from_hf(
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no config.json there; name a folder that save_pretrained wrote")
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: is there already; name another folder, or replace it with --overwrite")
-    config = _json(folder / "config.json")
+    config = json_of(folder / "config.json")
     family = _family(config)
     model = _model(family, config)
     source = Source(folder)
     found = _match(list(pairs(family, model, model.vocab_size or 0)), source, family, folder)
-    work = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        step = work / "checkpoints" / step_name(0)
+    with destination(output, folders=[folder], overwrite=overwrite) as place:
+        step = place.work / "checkpoints" / step_name(0)
         step.mkdir(parents=True)
-        _write(
-            found,
-            source,
-            model,
-            step,
-            {"folder": folder.name, "architecture": family.hugging_face.architecture},
-            report,
-        )
+        imported = {
+            "folder": folder.name,
+            "architecture": family.hugging_face.architecture,
+            "token_ids": special_ids(config),
+            **_types(found, source),
+        }
+        _write(found, source, model, step, imported, report)
         keys = model.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
-        (work / "model.yaml").write_text(yaml_text.write(keys), encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, work / name)
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    except OSError as error:
-        raise ConversionError(f"{output}: cannot be written: {error.strerror or error}; name another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (place.work / MODEL).write_text(yaml_text.write(keys), encoding="utf-8")
+        copied = copy(folder, place.work, FILES)
+        copy(folder, place.work, [GENERATION])
     parameters = sum(pair.weight.numel for pair, _ in found)
-    return Import(output, output / "checkpoints" / step_name(0), family.name, parameters, keys)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path}: a JSON object is wanted; download it again")
-    return content
+    return Import(output, output / "checkpoints" / step_name(0), family.name, parameters, keys, tuple(copied))
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -167,7 +95,7 @@ def _family(config: Mapping[str, Any]) -> Family:
         raise ConversionError("config.json: auto_map names code of the model's own, which is never run here")
     if config.get("quantization_config"):
         raise ConversionError("config.json: quantization_config: a quantised model; supported are fp32, fp16 and bf16")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         reason = UNSUPPORTED.get(str(kind), "is not among the families that are built")
         raise ConversionError(f"config.json: model_type {kind!r}: {reason}; supported: {', '.join(sorted(known))}")
     family = known[kind]
@@ -212,12 +140,33 @@ def _match(wanted: Sequence[Pair], source: Source, family: Family, folder: Path)
     return found
 
 
+def _type(names: Sequence[str], source: Source) -> torch.dtype:
+    """Of a weight here: one that holds every value of the tensors that it is made of."""
+    return reduce(torch.promote_types, (source.about(name)[0] for name in names))
+
+
+def _types(found: Sequence[tuple[Pair, tuple[str, ...]]], source: Source) -> dict[str, Any]:
+    """What the model's tensors came in, so that they leave in it: most of them `dtype`, each other one by name."""
+    tensors = [
+        (name, source.about(own)[0], math.prod(shape))
+        for pair, names in found
+        for name, own, shape in zip(pair.names, names, pair.shapes, strict=True)
+    ]
+    elements: Counter[torch.dtype] = Counter()
+    for _, dtype, numel in tensors:
+        elements[dtype] += numel
+    ((most, _),) = elements.most_common(1)
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    others = {name: names_of[dtype] for name, dtype, _ in tensors if dtype != most}
+    return {"dtype": names_of[most], "other_dtypes": others}
+
+
 def _write(
     found: Sequence[tuple[Pair, tuple[str, ...]]],
     source: Source,
     model: Model,
     step: Path,
-    imported: Mapping[str, str],
+    imported: Mapping[str, Any],
     report: Callable[[int, int], None],
 ) -> None:
     index: dict[str, list[dict[str, Any]]] = {}
@@ -244,13 +193,13 @@ def _write(
             for pair, names in part:
                 numel = math.prod(local_shape(pair.weight, 1))
                 key = Entry(file, 0, 1, 0, numel, {}).key(WEIGHT, pair.weight.name)
-                headers.append(Header(key, source.about(names[0])[0], (numel,)))
+                headers.append(Header(key, _type(names, source), (numel,)))
             done_file = write(step / file, headers, tensors(part), sync=sync)
             files[file] = {"bytes": done_file.bytes, "head_crc32": done_file.head_crc32}
             for (pair, _), header in zip(part, headers, strict=True):
                 entry = Entry(file, 0, 1, 0, header.shape[0], {WEIGHT: done_file.crc32[header.name]})
                 index[pair.weight.name] = [asdict(entry)]
-    kinds = {source.about(names[0])[0] for _, names in found}
+    kinds = {_type(names, source) for _, names in found}
     manifest = {
         "format": FORMAT,
         "step": 0,
@@ -275,7 +224,7 @@ def _files(
     part: list[tuple[Pair, tuple[str, ...]]] = []
     size = 0
     for pair, names in found:
-        own = pair.weight.numel * source.about(names[0])[0].itemsize
+        own = pair.weight.numel * _type(names, source).itemsize
         if part and size + own > SHARD_BYTES:
             yield part
             part, size = [], 0

@@ -1,15 +1,15 @@
 """From a checkpoint to a folder that transformers loads with no code of ours.
 
-One weight is in memory at a time, whatever the model's size. The folder is written under a hidden name and renamed when
-it is whole and, unless told otherwise, proven (`parity.py`).
+A few weights are in memory at a time, whatever the model's size. The folder is written under a hidden name and renamed
+when it is whole and, unless told otherwise, proven (`parity.py`).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,14 @@ import torch
 
 from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.tensor_file import Header, synced_behind, write
-from llmscale.convert import card, parity
+from llmscale.convert import card, parity, tokenizer_files
+from llmscale.convert.destination import FACTS, destination
 from llmscale.convert.transforms import Pair, pairs, to_theirs
-from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import ConversionError, UsageError
+from llmscale.errors import ConversionError
 from llmscale.models.family import families
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Dtype = Literal["bf16", "fp16", "fp32"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-FACTS = "llmscale.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -55,6 +53,7 @@ def to_hf(
     dtype: Dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer: Path | None = None,
+    end_of_document: str | None = None,
     verify: bool = True,
     tolerance: float = parity.TOLERANCE,
     overwrite: bool = False,
@@ -62,52 +61,49 @@ def to_hf(
 ) -> Export:
     """Write a checkpoint in Hugging Face's format.
 
-    dtype: of the tensors; what the run computed in when None. tokenizer: the run's own when None; a model without one
-    is written without. report: called with (bytes written, bytes in all).
+    dtype: of the tensors; when None what the run computed in, or what an imported model's came in. tokenizer: the run's
+    own when None; a model without one is written without. end_of_document: as `tokenizer_files.write` has it. report:
+    called with (bytes written, bytes in all).
 
     Raises:
         UsageError: the output is not empty. ConversionError: the format has no place for a part of the model.
         CheckpointError: the checkpoint is broken.
     """
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: is there already; name another folder, or replace it with --overwrite")
     model = checkpoint.model
     family = families()[model.family]
-    vocab_size = model.vocab_size or 0
-    dtype = dtype or checkpoint.precision
+    types = _types(checkpoint, dtype)
     config = family.hugging_face.to_config(family.settled(model))
-    work = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        special = _tokenizer(checkpoint, tokenizer, work, model.max_position_embeddings, vocab_size)
+    if "token_ids" in (checkpoint.manifest.get("imported") or {}):  # which says all of them
+        config = {key: value for key, value in config.items() if key not in tokenizer_files.special_ids(config)}
+    files = [tokenizer] if tokenizer else []
+    with destination(output, folders=[checkpoint.path], files=files, overwrite=overwrite) as place:
+        work = place.work
+        special = tokenizer_files.write(checkpoint, work, tokenizer, end_of_document)
         _json(work / "config.json", {
             "architectures": [family.hugging_face.architecture],
             "model_type": family.hugging_face.model_type,
-            "dtype": _NAMES[dtype],
-            "torch_dtype": _NAMES[dtype],  # the name before transformers 5
-            **special,
+            "dtype": _NAMES[types.most],
+            "torch_dtype": _NAMES[types.most],  # the name before transformers 5
             **config,
+            **special,
         })  # fmt: skip
-        if special and not (work / "generation_config.json").exists():
-            _json(work / "generation_config.json", special)
-        shards = _shards(list(pairs(family, model, vocab_size)), DTYPES[dtype], max_shard_bytes)
-        size = _weights(checkpoint, shards, DTYPES[dtype], work, report)
-        proof = parity.compare(checkpoint, work, DTYPES[dtype], tolerance) if verify else None
+        shards = _shards(pairs(family, model, model.vocab_size or 0), types, max_shard_bytes)
+        size = _weights(checkpoint, shards, work, report)
+        rounded = None if types.others else DTYPES[types.most]  # in several types, each is what it came in
+        proof = parity.compare(checkpoint, work, rounded, tolerance) if verify else None
+        place.failed = proof is not None and not proof.equal
         export = Export(
-            output, family.hugging_face.architecture, dtype, sum(w.numel for w in checkpoint.weights.values()), size,
-            len(shards), proof,
+            place.final, family.hugging_face.architecture, types.most,
+            sum(weight.numel for weight in checkpoint.weights.values()), size, len(shards), proof,
         )  # fmt: skip
-        facts = {**asdict(export), "output": output.name, "failed": export.failed, "checkpoint": card.facts(checkpoint)}
+        facts = {
+            **asdict(export),
+            "output": place.final.name,
+            "failed": export.failed,
+            "checkpoint": card.facts(checkpoint),
+        }
         _json(work / FACTS, facts)
-        (work / "README.md").write_text(card.text(checkpoint, export.architecture, dtype, proof), encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        work.rename(output)
-    except OSError as error:
-        raise ConversionError(f"{output}: cannot be written: {error.strerror or error}; name another folder") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (work / "README.md").write_text(card.text(checkpoint, export.architecture, types.most, proof), encoding="utf-8")
     return export
 
 
@@ -118,81 +114,66 @@ def _json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _tokenizer(
-    checkpoint: Checkpoint, given: Path | None, output: Path, longest: int, vocab_size: int
-) -> dict[str, int]:
-    """Copy or make the tokenizer's files; gives the ids of special tokens that config.json names."""
-    folder = checkpoint.path.parent.parent
-    path = given or folder / "tokenizer.json"
-    if not path.exists():
-        if given:
-            raise UsageError(f"{given}: no tokenizer there; name the run's tokenizer.json")
-        return {}
-    words = Tokenizer(path)
-    if words.vocab_size > vocab_size:
-        raise UsageError(
-            f"{path}: {words.vocab_size} tokens, and the model has {vocab_size}; name the right --tokenizer"
-        )
-    (output / "tokenizer.json").write_bytes(words.content)
-    if given is None:
-        for name in TOKENIZER_FILES[1:]:  # an imported model has its own
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output / name)
-    token, number = words.end_of_document_token, words.end_of_document
-    if not (output / "tokenizer_config.json").exists():
-        _json(output / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": token,
-            "eos_token": token,
-            "model_max_length": longest,
-            "clean_up_tokenization_spaces": False,
-        })  # fmt: skip
-        _json(output / "special_tokens_map.json", {"bos_token": token, "eos_token": token})
-    return {"bos_token_id": number, "eos_token_id": number}
+@dataclass(frozen=True)
+class _Types:
+    """The types of an export's tensors: `most` of them, and those that have others by name."""
+
+    most: Dtype
+    others: Mapping[str, Dtype] = field(default_factory=dict)
+
+    def headers(self, pair: Pair) -> list[Header]:
+        """The tensors that a weight is there."""
+        return [
+            Header(name, DTYPES[self.others.get(name, self.most)], shape)
+            for name, shape in zip(pair.names, pair.shapes, strict=True)
+        ]
 
 
-def _shards(found: Sequence[Pair], dtype: torch.dtype, most: int) -> list[list[Pair]]:
+def _types(checkpoint: Checkpoint, asked: Dtype | None) -> _Types:
+    imported = checkpoint.manifest.get("imported") or {}
+    if asked or "dtype" not in imported:
+        return _Types(asked or checkpoint.precision)
+    return _Types(imported["dtype"], imported["other_dtypes"])
+
+
+_Shard = list[tuple[Pair, list[Header]]]
+"""The weights of a file, each with its tensors there."""
+
+
+def _shards(found: Iterable[Pair], types: _Types, most: int) -> list[_Shard]:
     """The weights of each file: as many as stay below `most` bytes, one at least."""
-    shards: list[list[Pair]] = [[]]
+    shards: list[_Shard] = [[]]
     size = 0
     for pair in found:
-        own = pair.weight.numel * dtype.itemsize
+        headers = types.headers(pair)
+        own = sum(header.bytes for header in headers)
         if shards[-1] and size + own > most:
             shards.append([])
             size = 0
-        shards[-1].append(pair)
+        shards[-1].append((pair, headers))
         size += own
     return shards
 
 
-def _weights(
-    checkpoint: Checkpoint,
-    shards: Sequence[Sequence[Pair]],
-    dtype: torch.dtype,
-    output: Path,
-    report: Callable[[int, int], None],
-) -> int:
+def _weights(checkpoint: Checkpoint, shards: Sequence[_Shard], output: Path, report: Callable[[int, int], None]) -> int:
     """Write all tensors; gives their bytes."""
-    total = sum(pair.weight.numel for shard in shards for pair in shard) * dtype.itemsize
+    total = sum(header.bytes for shard in shards for _, headers in shard for header in headers)
     done = 0
 
-    def tensors(shard: Sequence[Pair]) -> Iterator[torch.Tensor]:
+    def tensors(shard: _Shard) -> Iterator[torch.Tensor]:
         nonlocal done
-        for pair in shard:
-            whole = checkpoint.whole(pair.weight.name, dtype=dtype)
-            yield from to_theirs(whole, pair.rule, checkpoint.model)
-            done += pair.weight.numel * dtype.itemsize
+        for pair, headers in shard:
+            whole = checkpoint.whole(pair.weight.name, dtype=reduce(torch.promote_types, (h.dtype for h in headers)))
+            for part, header in zip(to_theirs(whole, pair.rule, checkpoint.model), headers, strict=True):
+                yield part.to(header.dtype)
+                done += header.bytes
             report(done, total)
 
     places: dict[str, str] = {}
     with synced_behind() as sync:
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            headers = [
-                Header(tensor, dtype, shape)
-                for pair in shard
-                for tensor, shape in zip(pair.names, pair.shapes, strict=True)
-            ]
+            headers = [header for _, own in shard for header in own]
             content = tensors(shard)
             write(output / name, headers, content, {"format": "pt"}, checksums=False, check=_finite, sync=sync)
             places |= {header.name: name for header in headers}

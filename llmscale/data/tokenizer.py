@@ -28,16 +28,18 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_DOCUMENT = "<|endoftext|>"
-_USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+"""What ends a document where nothing says so, the first that a vocabulary holds."""
 
 
 class Tokenizer:
     """A tokenizer.json, ready to encode documents."""
 
-    def __init__(self, path: Path, end_of_document: str | None = None, pattern: str | None = None) -> None:
+    def __init__(self, path: Path, end_of_document: str | int | None = None, pattern: str | None = None) -> None:
         """path: a tokenizer.json, a tiktoken file, a sentencepiece model, or a folder with one of them.
 
-        end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds.
+        end_of_document: the special token that ends a document, or the id of any that is known to; when None the first
+        usual one that the vocabulary holds.
         pattern: how a tiktoken file's text is cut into words; when None by its name.
         """
         import tokenizers
@@ -57,21 +59,36 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.end_of_document_token, self.end_of_document = self._end(end_of_document)
+
+    def _end(self, wanted: str | int | None) -> tuple[str, int]:
+        """What ends a document, (token, id)."""
+        if isinstance(wanted, int):
+            known = self.token(wanted)
+            if known is None:
+                raise UsageError(
+                    f"{self.path}: has no token {wanted}, with which the model's documents end; name the model's own"
+                )
+            return known, wanted
         # Only special tokens: any other might come out of a document's text.
         special = {
             token.content: number
             for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
             if token.special
         }
-        names = (end_of_document,) if end_of_document else _USUAL_ENDS
+        names = (wanted,) if wanted else USUAL_ENDS
         name = next((name for name in names if name in special), None)
         if name is None:
             raise UsageError(
-                f"{path}: no special token {' or '.join(names)} to end documents with; name one with --end-of-document "
-                f"(there are: {', '.join(list(special)[:10]) or 'none'})"
+                f"{self.path}: no special token {' or '.join(names)} to end documents with; name one with "
+                f"--end-of-document (there are: {', '.join(list(special)[:10]) or 'none'})"
             )
-        self.end_of_document_token = name
-        self.end_of_document = special[name]
+        return name, special[name]
+
+    def token(self, number: int) -> str | None:
+        """The token with this id, None where there is none."""
+        found: str | None = self._tokenizer.id_to_token(number)
+        return found
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travels to another process as the file's name; read once there."""
@@ -105,6 +122,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def tokenizer_json(path: Path) -> bytes:
+    """The text of the tokenizer.json that a tokenizer's file, or one in a folder, is or is converted to."""
+    return _read(_file(path), None)
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,13 @@
-"""Text from a model, through transformers: the checkpoint is exported for as long as it takes, so that its tested
-sampling and its cache of keys and values serve every family.
+"""Text from a model, through transformers: its tested sampling and its cache of keys and values serve every family.
+
+The text is what `transformers.generate` gives of the export with the same options: prompts are encoded by the model's
+own tokenizer, with the special tokens that it adds, and what generation_config.json says holds (which ids end the text,
+`repetition_penalty`, `min_p`, ...), but for what `Sampling` says and for beams.
 """
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from llmscale.checkpoint.retention import open_checkpoint
-from llmscale.convert.to_hf import to_hf
-from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import UsageError
+from llmscale.data.tokenizer import USUAL_ENDS, tokenizer_json
+from llmscale.errors import ConversionError, UsageError
+from llmscale.inference.model_folder import in_hugging_face_format, tokenizer_of
+
+_SEEN = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+"""Keys of generation_config.json that look at the prompt's tokens, and at what it is padded with."""
 
 
 @dataclass(frozen=True)
@@ -37,92 +42,195 @@ class Sampling:
 class TextModel:
     """A model in transformers with its tokenizer."""
 
-    def __init__(self, folder: Path, tokenizer: Path) -> None:
-        """folder: in Hugging Face's format."""
+    def __init__(self, folder: Path, tokenizer: Path | None = None, end_of_document: str | None = None) -> None:
+        """folder: in Hugging Face's format. tokenizer: in place of the folder's. end_of_document: ends a text besides
+        what the folder says.
+
+        Raises:
+            UsageError: there is no tokenizer. ConversionError: transformers cannot load the folder.
+        """
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.words = Tokenizer(tokenizer)
+        self.tokenizer = tokenizer_of(folder, tokenizer)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        self.model = model.eval().to(self._device)
-        vocab_size = int(model.config.vocab_size)
-        if self.words.vocab_size > vocab_size:
-            raise UsageError(
-                f"{tokenizer}: {self.words.vocab_size} tokens, the model has {vocab_size}; name the right --tokenizer"
-            )
-        self.context = int(model.config.max_position_embeddings)
+        self.model = _loaded(folder).to(self._device)
+        self.context = int(self.model.config.max_position_embeddings)
         """The longest sequence, of prompt and text together."""
+        self._words = tokenizer or folder
+        self.ends = self._ends(end_of_document)
+        """Ids that end a text."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer.json, as the cards of token shards have it.
+
+        Raises:
+            UsageError: the tokenizer is of files that no shards are made with.
+        """
+        return hashlib.sha256(tokenizer_json(self._words)).hexdigest()
+
+    def _ends(self, token: str | None) -> tuple[int, ...]:
+        said = self.model.generation_config.eos_token_id
+        found = list(said) if isinstance(said, list) else [] if said is None else [said]
+        vocabulary = self.tokenizer.get_vocab()
+        if token:
+            if token not in vocabulary:
+                raise UsageError(f"--end-of-document {token!r}: is no token of the model's tokenizer")
+            return (*found, vocabulary[token])
+        if not found:
+            own = self.tokenizer.eos_token
+            found = [vocabulary[name] for name in (own, *USUAL_ENDS) if name in vocabulary][:1]
+        return tuple(found)
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling, stream: Callable[[str], None] | None = None
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        stream: Callable[[str], None] | None = None,
+        *,
+        batch_size: int = 8,
+        names: Sequence[str] = (),
     ) -> list[str]:
         """What follows each prompt, up to max_tokens, the end of the document, a stop text or the longest sequence.
 
         An empty prompt begins a document. stream: called with each piece of text as it comes, of one prompt alone.
+        batch_size: prompts at a time. names: of the prompts, for errors.
 
         Raises:
-            UsageError: a prompt fills the longest sequence.
+            UsageError: a prompt fills the longest sequence, or has tokens that the model does not know.
         """
-        end = self.words.end_of_document
-        rows = [[int(token) for token in self.words.encode(prompt)] or [end] for prompt in prompts]
-        longest = max(map(len, rows))
-        if longest >= self.context:
-            raise UsageError(
-                f"--prompt: has {longest} tokens, and the model takes {self.context} with the text; shorten it"
-            )
-        # Padded on the left: what follows a prompt stands beside its last token.
-        ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows], device=self._device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
+        rows = [
+            self._encoded(prompt, name)
+            for prompt, name in zip(prompts, names or ["--prompt"] * len(prompts), strict=True)
+        ]
         torch.manual_seed(sampling.seed)
+        texts = [""] * len(rows)
+        for batch in self._batches(rows, sampling.max_tokens, batch_size):
+            found = self._continued([rows[number] for number in batch], sampling, stream)
+            for number, text in zip(batch, found, strict=True):
+                texts[number] = text
+        return texts
+
+    def _encoded(self, prompt: str, name: str) -> list[int]:
+        row: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not row:
+            begin = self.model.generation_config.bos_token_id
+            row = [int(begin)] if begin is not None else list(self.ends[:1])
+        if not row:
+            raise UsageError(f"{name}: is empty, and the model has no token to begin with; give some text")
+        if len(row) >= self.context:
+            raise UsageError(
+                f"{name}: has {len(row)} tokens, and the model takes {self.context} with the text; shorten it"
+            )
+        vocab_size = int(self.model.config.vocab_size)
+        if max(row) >= vocab_size:
+            raise UsageError(f"{name}: token {max(row)}, and the model has {vocab_size}; name the right --tokenizer")
+        return row
+
+    def _batches(self, rows: Sequence[Sequence[int]], most: int, size: int) -> Iterator[list[int]]:
+        """Numbers of rows that run together: of like lengths, and with the same number of tokens to come, so that no
+        prompt shortens another's text. Where padding would count as said, of equal length."""
+        said = self.model.generation_config
+        exact = any(getattr(said, key, None) not in (None, 0, 1.0) for key in _SEEN)
+
+        def kind(number: int) -> tuple[int, int]:
+            return min(most, self.context - len(rows[number])), len(rows[number]) if exact else 0
+
+        batch: list[int] = []
+        for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
+            if batch and (len(batch) == size or kind(number) != kind(batch[0])):
+                yield batch
+                batch = []
+            batch.append(number)
+        yield batch
+
+    def _continued(
+        self, rows: Sequence[Sequence[int]], sampling: Sampling, stream: Callable[[str], None] | None
+    ) -> list[str]:
+        longest = max(map(len, rows))
+        pad = self.model.generation_config.pad_token_id
+        pad = pad if pad is not None else (*self.ends, 0)[0]
+        # Padded on the left: what follows a prompt stands beside its last token.
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=self._device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self._device)
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        following = [self._following(row) for row in rows]
+        texts = [_until(sampling.stop, text) for text in following]
+        stop = StoppingCriteriaList([_Stop(sampling.stop, following, longest)]) if sampling.stop else None
         found = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=self._settings(sampling, longest),
-            streamer=_Pieces(self._text(sampling), stream) if stream else None,
-            stopping_criteria=StoppingCriteriaList([_Stop(self._said(sampling), longest)]) if sampling.stop else None,
+            max_new_tokens=min(sampling.max_tokens, self.context - longest),
+            do_sample=sampling.temperature > 0,
+            **(drawn if sampling.temperature > 0 else {}),
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            use_cache=True,
+            eos_token_id=list(self.ends) or None,
+            pad_token_id=pad,
+            tokenizer=self.tokenizer,  # for stop_strings, where generation_config.json has some
+            streamer=_Pieces(texts[0], stream, sampling.stop) if stream else None,
+            stopping_criteria=stop,
         )
-        return [self._text(sampling)(row.tolist()) for row in found[:, longest:]]
+        return [said(tokens.tolist()) for said, tokens in zip(texts, found[:, longest:], strict=True)]
 
-    def _settings(self, sampling: Sampling, longest: int) -> Any:
-        settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "num_beams": 1, "use_cache": True}
-        if sampling.temperature > 0:
-            settings |= {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "top_p": sampling.top_p}
-        end = self.words.end_of_document
-        most = min(sampling.max_tokens, self.context - longest)
-        return GenerationConfig(max_new_tokens=most, eos_token_id=end, pad_token_id=end, **settings)
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _text(self, sampling: Sampling) -> Callable[[list[int]], str]:
-        """From the tokens of one row to its text, without its end."""
+    def _following(self, prompt: Sequence[int]) -> Callable[[list[int]], str]:
+        """From the tokens that follow a prompt to their text, without the end of the document."""
+        # Not alone: some tokenizers leave out the space before a text's first word.
+        before = len(self._decoded(prompt))
 
         def text(tokens: list[int]) -> str:
-            if self.words.end_of_document in tokens:
-                tokens = tokens[: tokens.index(self.words.end_of_document)]
-            found = self.words.decode(tokens)
-            return found[: min((found.index(stop) for stop in sampling.stop if stop in found), default=len(found))]
+            end = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens))
+            return self._decoded([*prompt, *tokens[:end]])[before:]
 
         return text
 
-    def _said(self, sampling: Sampling) -> Callable[[list[int]], bool]:
-        """Whether the tokens of one row hold a stop text."""
-        return lambda tokens: any(stop in self.words.decode(tokens) for stop in sampling.stop)
+
+def _until(stops: Sequence[str], following: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
+    """The same text, up to the first stop text."""
+
+    def text(tokens: list[int]) -> str:
+        found = following(tokens)
+        return found[: min((found.index(stop) for stop in stops if stop in found), default=len(found))]
+
+    return text
+
+
+def _loaded(folder: Path) -> Any:
+    """transformers' model, ready to run forward."""
+    try:
+        model, about = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # whatever its parts raise: OSError, ValueError, KeyError, SafetensorError
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConversionError(f"{folder}: transformers cannot load it: {reason}; download or export it again") from None
+    if missing := sorted(about["missing_keys"]):
+        raise ConversionError(f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; download it again")
+    return model.eval()
 
 
 class _Stop(StoppingCriteria):
     """Ends a row that holds a stop text."""
 
-    def __init__(self, done: Callable[[list[int]], bool], prompt: int) -> None:
-        self._done, self._prompt = done, prompt
+    def __init__(self, stops: Sequence[str], texts: Sequence[Callable[[list[int]], str]], prompt: int) -> None:
+        self._stops, self._texts, self._prompt = stops, texts, prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor([self._done(row[self._prompt :].tolist()) for row in input_ids], device=input_ids.device)
+        found = [text(row[self._prompt :].tolist()) for text, row in zip(self._texts, input_ids, strict=True)]
+        return torch.tensor([any(stop in text for stop in self._stops) for text in found], device=input_ids.device)
 
 
 class _Pieces(BaseStreamer):
     """Hands on text as soon as it is certain: not half a character, nor the beginning of what may be a stop text."""
 
-    def __init__(self, text: Callable[[list[int]], str], stream: Callable[[str], None]) -> None:
-        self._text, self._stream = text, stream
+    def __init__(self, text: Callable[[list[int]], str], stream: Callable[[str], None], stops: Sequence[str]) -> None:
+        self._text, self._stream, self._stops = text, stream, stops
         self._tokens: list[int] | None = None
         self._given = 0
 
@@ -134,7 +242,11 @@ class _Pieces(BaseStreamer):
         self._tokens += value.reshape(-1).tolist()
         whole = self._text(self._tokens).rstrip("\ufffd")
         at = max(whole.rfind(" "), whole.rfind("\n")) + 1  # a word may become another with the next token
-        self._give(whole[:at])
+        self._give(whole[: at - self._begun(whole[:at])])
+
+    def _begun(self, text: str) -> int:
+        """How many of the last characters may be the beginning of a stop text."""
+        return max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
     def end(self) -> None:
         """What is left."""
@@ -147,32 +259,10 @@ class _Pieces(BaseStreamer):
 
 
 @contextmanager
-def in_hugging_face_format(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, Path, Path]]:
-    """(what it is, its folder in Hugging Face's format, its tokenizer) of a step's folder, a run directory for its
-    newest, or a folder that is in that format. A checkpoint is exported for as long as the context lasts.
-
-    Raises:
-        UsageError: there is none of these, or no tokenizer.
-    """
-    place = Path(named)
-    if (place / "config.json").is_file():
-        yield place, place, _tokenizer(tokenizer or place / "tokenizer.json")
-        return
-    checkpoint = open_checkpoint(named)
-    words = _tokenizer(tokenizer or checkpoint.path.parent.parent / "tokenizer.json")
-    with tempfile.TemporaryDirectory(prefix="llmscale-") as folder:
-        to_hf(checkpoint, Path(folder, "export"), tokenizer=words, verify=False)
-        yield checkpoint.path, Path(folder, "export"), words
-
-
-@contextmanager
-def open_text_model(named: str | Path, tokenizer: Path | None) -> Iterator[tuple[Path, TextModel]]:
-    """(what it is, the model) of whatever `in_hugging_face_format` takes, with its errors."""
-    with in_hugging_face_format(named, tokenizer) as (place, folder, words):
-        yield place, TextModel(folder, words)
-
-
-def _tokenizer(path: Path) -> Path:
-    if not path.exists():
-        raise UsageError(f"{path}: no tokenizer there; name one with --tokenizer")
-    return path
+def open_text_model(
+    named: str | Path, tokenizer: Path | None, end_of_document: str | None = None
+) -> Iterator[tuple[Path, TextModel]]:
+    """(what it is, the model) of whatever `in_hugging_face_format` takes, with its errors and TextModel's."""
+    with in_hugging_face_format(named, tokenizer, end_of_document) as (place, folder):
+        given = tokenizer if folder == place else None  # an export has it
+        yield place, TextModel(folder, given, end_of_document)

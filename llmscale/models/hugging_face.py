@@ -6,7 +6,7 @@ Every family file has such a value beside its parts. `convert/` reads it in both
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,15 +87,56 @@ def require(config: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) ->
             raise ConversionError(f"config.json: {key} is {json.dumps(config[key])}; supported is {said}")
 
 
-def size_of(config: Mapping[str, Any], key: str) -> int:
-    """A size that has to be there.
+def size_of(config: Mapping[str, Any], key: str, absent: int | None = None) -> int:
+    """A size. absent: what it is where the key is not there or null; None: it has to be there.
 
     Raises:
         ConversionError: it is not, or is none.
     """
     value = config.get(key)
     if value is None:
+        value = absent
+    if value is None:
         raise ConversionError(f"config.json: no {key}; it is not the config of a {config.get('model_type')} model")
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConversionError(f"config.json: {key} is {json.dumps(value)}; a whole number above 0 is wanted")
     return value
+
+
+def number_of(config: Mapping[str, Any], key: str, absent: float) -> float:
+    """A number above 0, `absent` where there is none.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return absent
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConversionError(f"config.json: {key} is {json.dumps(value)}; a number above 0 is wanted")
+    return float(value)
+
+
+def flag_of(config: Mapping[str, Any], key: str, absent: bool) -> bool:
+    """A truth value, `absent` where there is none; null is false, as in transformers.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    value = config.get(key, absent)
+    if not isinstance(value, bool | None):
+        raise ConversionError(f"config.json: {key} is {json.dumps(value)}; true or false is wanted")
+    return bool(value)
+
+
+def dropout_of(config: Mapping[str, Any], keys: Sequence[str], absent: float) -> Any:
+    """The one dropout of all these keys, `absent` what each means where it is not there.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    values = [config.get(key, absent) for key in keys]
+    if any(value != values[0] for value in values):
+        said = ", ".join(f"{key} {json.dumps(value)}" for key, value in zip(keys, values, strict=True))
+        raise ConversionError(f"config.json: {said}; supported is one dropout for all: write the same to each")
+    return values[0]

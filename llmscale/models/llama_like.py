@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
-from llmscale.models.hugging_face import Rule, require, size_of
+from llmscale.models.hugging_face import Rule, flag_of, number_of, require, size_of
 
 PREFIX = "model."
 IGNORED = ("rotary_emb.inv_freq",)
@@ -85,17 +86,20 @@ def from_config(
     theta, scaling, fraction = rotary(config)
     if fraction not in (None, 1.0):
         raise ConversionError(f"config.json: partial_rotary_factor is {fraction}; supported is 1.0")
-    heads = size_of(config, "num_attention_heads")
+    # Where they are null, and not absent, they follow from the others.
+    groups = None if "num_key_value_heads" in config else groups
+    head_dim = None if "head_dim" in config else head_dim
+    hidden, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
     return {
         "num_layers": size_of(config, "num_hidden_layers"),
-        "hidden_size": size_of(config, "hidden_size"),
+        "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads", groups) or heads,
-        "head_dim": config.get("head_dim", head_dim) or config["hidden_size"] // heads,
+        "num_query_groups": size_of(config, "num_key_value_heads", groups or heads),
+        "head_dim": size_of(config, "head_dim", head_dim or hidden // heads),
         "ffn_hidden_size": size_of(config, "intermediate_size"),
         "vocab_size": size_of(config, "vocab_size"),
         "max_position_embeddings": size_of(config, "max_position_embeddings"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", tied)),
+        "tie_embeddings": flag_of(config, "tie_word_embeddings", tied),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -110,8 +114,11 @@ def full_attention(config: Mapping[str, Any]) -> None:
         ConversionError: there are some.
     """
     require(config, {"use_sliding_window": (False, None)})
-    if kinds := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
-        raise ConversionError(f"config.json: layer_types holds {', '.join(kinds)}; supported is full_attention")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ConversionError(f"config.json: layer_types is {json.dumps(kinds)}; a list is wanted")
+    if others := sorted({str(kind) for kind in kinds} - {"full_attention"}):
+        raise ConversionError(f"config.json: layer_types holds {', '.join(others)}; supported is full_attention")
 
 
 def rotary(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float | None]:
@@ -123,8 +130,11 @@ def rotary(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, flo
     Raises:
         ConversionError: another kind of scaling.
     """
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    parameters = config.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise ConversionError(f"config.json: {key} is {json.dumps(parameters)}; an object is wanted")
+    theta = number_of(parameters, "rope_theta", number_of(config, "rope_theta", 10000.0))
     fraction = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if parts := sorted(key for key, value in parameters.items() if isinstance(value, Mapping)):

@@ -385,6 +385,7 @@ def manifest(
     return {
         "tokens": seen.tokens + sequences * run.config.data.sequence_length,
         "data": data,
+        "end_of_document": run.train.end_of_document,
         "layout": layout,
         "versions": versions,
         "config": run.config.model_dump(mode="json", exclude={"slurm"}),

@@ -22,6 +22,8 @@ def test_from_two_by_two_through_the_other_format_to_four_stages(corpus: Path, t
     (tmp_path / "trained" / "tokenizer.json").unlink()  # the tests' data has an empty one
     export = to_hf(trained, tmp_path / "export")
     assert export.parity is not None and export.parity.difference < 1e-5 < export.parity.largest
+    end = Stream([(str(corpus), 1.0)], SEQUENCE, 7).end_of_document
+    assert json.loads((tmp_path / "export" / "generation_config.json").read_text())["eos_token_id"] == end
     found = from_hf(tmp_path / "export", tmp_path / "imported")
     other = Case(1, False, 4, 1, 1, zero=1, tied=True)
     config = run_config(other, corpus, tmp_path / "other", "fp32")

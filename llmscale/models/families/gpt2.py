@@ -8,7 +8,7 @@ from typing import Any
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
-from llmscale.models.hugging_face import HuggingFace, Rule, require, size_of
+from llmscale.models.hugging_face import HuggingFace, Rule, dropout_of, flag_of, require, size_of
 
 _LAYER, _THERE = "decoder.layers.{layer}", "transformer.h.{layer}"
 
@@ -69,11 +69,11 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": size_of(config, "n_layer"),
         "hidden_size": hidden,
         "num_attention_heads": size_of(config, "n_head"),
-        "ffn_hidden_size": config.get("n_inner") or 4 * hidden,
+        "ffn_hidden_size": size_of(config, "n_inner", 4 * hidden),
         "vocab_size": size_of(config, "vocab_size"),
         "max_position_embeddings": size_of(config, "n_positions"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
-        "dropout": config.get("resid_pdrop", 0.1),
+        "tie_embeddings": flag_of(config, "tie_word_embeddings", True),
+        "dropout": dropout_of(config, ("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.1),
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "init_std": config.get("initializer_range", 0.02),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from llmscale.config.schema import Model
 from llmscale.errors import ConversionError
 from llmscale.models.family import Family
-from llmscale.models.hugging_face import HuggingFace, Rule, require, size_of
+from llmscale.models.hugging_face import HuggingFace, Rule, dropout_of, flag_of, require, size_of
 from llmscale.models.llama_like import rotary
 
 _LAYER, _THERE = "decoder.layers.{layer}", "gpt_neox.layers.{layer}"
@@ -75,8 +75,8 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_hidden_size": size_of(config, "intermediate_size"),
         "vocab_size": size_of(config, "vocab_size"),
         "max_position_embeddings": size_of(config, "max_position_embeddings"),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dropout": config.get("hidden_dropout", 0.0),
+        "tie_embeddings": flag_of(config, "tie_word_embeddings", False),
+        "dropout": dropout_of(config, ("hidden_dropout", "attention_dropout"), 0.0),
         "norm_eps": config.get("layer_norm_eps", 1e-5),
         "rope_theta": theta,
         "rotary_fraction": fraction,

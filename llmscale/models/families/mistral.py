@@ -18,9 +18,10 @@ def _to_config(model: Model) -> dict[str, Any]:
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     require(config, {"hidden_act": ("silu", "swish")})
-    window = config.get("sliding_window", 4096)  # transformers' default
     longest = size_of(config, "max_position_embeddings")
-    if window is not None and window < longest:
+    null = "sliding_window" in config and config["sliding_window"] is None
+    window = longest if null else size_of(config, "sliding_window", 4096)  # transformers' default
+    if window < longest:
         raise ConversionError(
             f"config.json: sliding_window is {window}; supported is null, or at least "
             f"max_position_embeddings, {longest}: lower that to {window} for a model of sequences that short"

@@ -26,7 +26,8 @@ from llmscale.models.family import families
 
 BASE: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 0,
+    "num_key_value_heads": 2, "vocab_size": 331, "max_position_embeddings": 96,
+    "bos_token_id": 5, "eos_token_id": [6, 40], "pad_token_id": 7,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -40,7 +41,8 @@ GPT2 = {
     "vocab_size": 331,
     "n_positions": 96,
     "bos_token_id": 0,
-    "eos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
 CASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**BASE),
@@ -109,15 +111,27 @@ def test_there_and_back_gives_the_same_bytes_and_the_same_logits(case: str, dtyp
         "_name_or_path",
         "transformers_version",
         "dtype",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
         "n_inner",
     }
     same = {key for key in one if key in two and key not in unsaid}
     assert {key: one[key] for key in same if "dropout" not in key} == {
         key: two[key] for key in same if "dropout" not in key
     }
+
+
+def test_every_tensor_comes_back_in_the_type_that_it_had(llama: Path, tmp_path: Path) -> None:
+    before = {name: tensor.half() for name, tensor in tensors(llama).items()}
+    before["model.layers.0.self_attn.q_proj.weight"] = before["model.layers.0.self_attn.q_proj.weight"].bfloat16()
+    before["model.norm.weight"] = tensors(llama)["model.norm.weight"]
+    save_file(before, llama / "model.safetensors")
+    found = from_hf(llama, tmp_path / "ours")
+    result = export(found, tmp_path / "again")
+    assert result.dtype == "fp16" and result.parity is not None and result.parity.difference < 1e-5
+    after = tensors(tmp_path / "again")
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    export(found, tmp_path / "asked", dtype="bf16", verify=False)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "asked").values()} == {torch.bfloat16}
 
 
 def test_the_proof_finds_a_wrong_weight_and_a_wrong_key(llama: Path, tmp_path: Path) -> None:
@@ -130,6 +144,44 @@ def test_the_proof_finds_a_wrong_weight_and_a_wrong_key(llama: Path, tmp_path: P
         damage(bad)
         found = parity.compare(checkpoint, bad, torch.float32)
         assert not found.equal and found.difference > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("llama", "model.embed_tokens.weight"),
+        ("gpt2-untied", "transformer.wte.weight"),
+        ("gpt2-untied", "transformer.wpe.weight"),
+    ],
+)
+def test_the_proof_finds_a_row_that_its_tokens_do_not_visit(case: str, name: str, tmp_path: Path) -> None:
+    config = CASES[case]()
+    config.max_position_embeddings, config.vocab_size = 200, 1000
+    save_random(config, tmp_path / "theirs", torch.bfloat16)
+    checkpoint = Checkpoint(from_hf(tmp_path / "theirs", tmp_path / "ours").checkpoint)
+    assert to_hf(checkpoint, tmp_path / "out").failed is False
+    generator = torch.Generator().manual_seed(parity.SEED)
+    seen = torch.randint(0, 1000, (parity.SEQUENCES, parity.LENGTH), generator=generator)
+    found = tensors(tmp_path / "out")
+    row = 199 if "wpe" in name else next(row for row in range(1000) if row not in seen)
+    found[name][row, 3] += 1
+    save_file(found, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    proof = parity.compare(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert not proof.same_embeddings and not proof.equal and proof.difference < 1e-5
+
+
+def test_the_proof_finds_another_stretch_of_far_positions(tmp_path: Path) -> None:
+    rope = {**LLAMA3, "original_max_position_embeddings": 8192}
+    keys = {**BASE, "hidden_size": 128, "head_dim": 32, "max_position_embeddings": 131072, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**keys, rope_parameters=rope)
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")  # as a run begins
+    checkpoint = Checkpoint(from_hf(tmp_path / "theirs", tmp_path / "ours").checkpoint)
+    proof = to_hf(checkpoint, tmp_path / "out").parity
+    assert proof is not None and proof.difference < 1e-5
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    edit(rope_scaling={**written["rope_scaling"], "factor": 32.0})(tmp_path / "out")
+    assert not parity.compare(checkpoint, tmp_path / "out", torch.float32).equal
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,6 +224,8 @@ def test_a_failed_proof_is_said_everywhere(llama: Path, tmp_path: Path, monkeypa
 
 def test_the_tokenizer_and_its_end_of_document_come_along(llama: Path, tmp_path: Path) -> None:
     tokenizer.write(tokenizer.train(["some words of some text"] * 9, 270), llama / "tokenizer.json")
+    edit(bos_token_id=0, eos_token_id=0)(llama)
+    (llama / "generation_config.json").write_text('{"eos_token_id": 0}')
     found = from_hf(llama, tmp_path / "ours")
     export(found, tmp_path / "out", verify=False)
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -210,6 +264,10 @@ def add_a_tensor(folder: Path) -> None:
     )
 
 
+def map_to_numbers(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 5}}))
+
+
 def quantise(folder: Path) -> None:
     found = tensors(folder)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -244,6 +302,14 @@ def cut(folder: Path) -> None:
         (edit(num_hidden_layers=4), r"9 tensor\(s\) missing, such as model\.layers\.3"),
         (edit(vocab_size=None), r"config\.json: no vocab_size"),
         (edit(num_attention_heads=0), r"num_attention_heads|division"),
+        (edit(model_type=["llama"]), r"model_type \['llama'\]: is not among the families"),
+        (edit(rope_parameters=[1]), r"config\.json: rope_parameters is \[1\]; an object is wanted"),
+        (edit(rope_scaling="linear"), r'config\.json: rope_scaling is "linear"; an object is wanted'),
+        (edit(rope_parameters=None, rope_theta="abc"), r'rope_theta is "abc"; a number above 0 is wanted'),
+        (edit(tie_word_embeddings="false"), r'tie_word_embeddings is "false"; true or false is wanted'),
+        (edit(head_dim=0), r"head_dim is 0; a whole number above 0 is wanted"),
+        (edit(num_key_value_heads="2"), r'num_key_value_heads is "2"; a whole number above 0 is wanted'),
+        (map_to_numbers, r"index\.json: no weight_map of tensors to files"),
         (rename_a_tensor, r"1 tensor\(s\) missing, such as model\.layers\.0\.mlp\.down_proj\.weight"),
         (add_a_tensor, r"1 tensor\(s\) that config\.json does not speak of, such as .*q_proj\.bias"),
         (quantise, r"down_proj\.weight is of type I8: a quantised model"),

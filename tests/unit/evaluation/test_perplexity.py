@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,19 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
     ):
         result = CliRunner().invoke(command, ["perplexity", str(folder / "model"), "--data", place, *arguments])
         assert isinstance(result.exception, UsageError) and message in str(result.exception)
+
+
+def test_documents_end_as_the_model_knows_them(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+    tokenizer.write(tokenizer.train([TEXT * 3], 280, ("[PAD]", "[EOS]")), model / "tokenizer.json")
+    words, output = model / "tokenizer.json", tmp_path / "data"
+    build([str(folder / "a")], words, output, end_of_document="[EOS]", validation_fraction=0.0)
+    arguments = ["perplexity", str(model), "--data", str(tmp_path / "data" / "train")]
+    refused = CliRunner().invoke(command, arguments).exception
+    assert isinstance(refused, UsageError) and "documents end with the id 1, the model's with 0" in str(refused)
+    assert CliRunner().invoke(command, [*arguments, "--end-of-document", "[EOS]"]).exit_code == 0
+    (model / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert CliRunner().invoke(command, arguments).exit_code == 0
 
 
 def test_scores_add_up(folder: Path, model: Any) -> None:

@@ -114,6 +114,8 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def test_a_key_that_is_not_there_is_what_transformers_takes_it_for() -> None:
+    model = model_of({**MISTRAL, "sliding_window": None, "num_key_value_heads": None})  # null is not absent
+    assert model.query_groups == model.num_attention_heads
     model = model_of(without({**MISTRAL, "sliding_window": None}, "num_key_value_heads"))
     assert (model.query_groups, model.head_size) == (8, 128)
     model = model_of(without(QWEN3, "head_dim", "tie_word_embeddings"))
@@ -160,6 +162,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx is true"),
         ({**GPT2, "scale_attn_weights": False}, r"scale_attn_weights is false"),
         ({**GPT2, "add_cross_attention": True}, r"add_cross_attention is true"),
+        ({**GPT2, "n_inner": 0}, r"n_inner is 0; a whole number above 0"),
+        ({**GPT2, "attn_pdrop": 0.3}, r"attn_pdrop 0\.3, .*; supported is one dropout for all"),
+        ({**PYTHIA, "attention_dropout": 0.3}, r"attention_dropout 0\.3; supported is one dropout for all"),
+        ({**MISTRAL, "sliding_window": "none"}, r'sliding_window is "none"'),
+        ({**QWEN2, "layer_types": 5}, r"layer_types is 5; a list is wanted"),
     ],
 )
 def test_what_changes_the_model_and_is_not_built_is_refused(config: dict[str, Any], message: str) -> None:
