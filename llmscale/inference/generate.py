@@ -23,9 +23,6 @@ from llmscale.data.tokenizer import USUAL_ENDS, tokenizer_json
 from llmscale.errors import ConversionError, UsageError
 from llmscale.inference.model_folder import in_hugging_face_format, tokenizer_of
 
-_SEEN = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
-"""Keys of generation_config.json that look at the prompt's tokens, and at what it is padded with."""
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -130,16 +127,14 @@ class TextModel:
 
     def _batches(self, rows: Sequence[Sequence[int]], most: int, size: int) -> Iterator[list[int]]:
         """Numbers of rows that run together: of like lengths, and with the same number of tokens to come, so that no
-        prompt shortens another's text. Where padding would count as said, of equal length."""
-        said = self.model.generation_config
-        exact = any(getattr(said, key, None) not in (None, 0, 1.0) for key in _SEEN)
+        prompt shortens another's text."""
 
-        def kind(number: int) -> tuple[int, int]:
-            return min(most, self.context - len(rows[number])), len(rows[number]) if exact else 0
+        def coming(number: int) -> int:
+            return min(most, self.context - len(rows[number]))
 
         batch: list[int] = []
         for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-            if batch and (len(batch) == size or kind(number) != kind(batch[0])):
+            if batch and (len(batch) == size or coming(number) != coming(batch[0])):
                 yield batch
                 batch = []
             batch.append(number)
