@@ -120,10 +120,10 @@ def build(
             place.check(inputs, files, overwrite, begun=state is not None)
             if state is None:
                 journal.drop(place.staging)
-                place.staging.mkdir(parents=True)
+                state = journal.begin(place.staging, options)
                 place.clear()
             run = _Build(
-                place, state or Journal(options=options), loaded, shard_bytes,
+                place, state, loaded, shard_bytes,
                 (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,), validation_fraction,
                 near_threshold if encoder.near else None, encoder.exact,
             )  # fmt: skip
@@ -165,7 +165,7 @@ class _Build:
         itemsize = np.dtype(tokenizer.dtype).itemsize
         sample_tokens = min(SAMPLE_TOKENS, max(_MIN_SAMPLE_TOKENS, shard_bytes // itemsize))
         shard_samples = max(1, shard_bytes // (sample_tokens * itemsize))
-        self._dedup = Deduplicator(self._folder / "documents.kept", threshold, state.kept) if dedup else None
+        self._dedup = Deduplicator(self._folder / journal.KEPT, threshold, state.kept) if dedup else None
         self._writers: dict[str, SplitWriter] = {}
         try:
             for split in splits:

@@ -156,6 +156,36 @@ def test_an_output_is_replaced_only_when_asked_and_only_when_a_build_wrote_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "home", "out"]
 
 
+def test_what_the_user_has_beside_an_output_or_in_it_is_left_alone(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keep.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(UsageError, match=r"out\.partial: builds work there, and no build made it; move it away"):
+            build([str(corpus)], tokenizer_json, out, restart=restart)
+    (tmp_path / "out.partial").rename(tmp_path / "out.mine")
+    for overwrite in (False, True):
+        build([str(corpus)], tokenizer_json, out, overwrite=overwrite)
+    assert [(tmp_path / name / "keep.txt").read_text() for name in ("out.old", "out.mine")] == ["mine", "mine"]
+    (out / "train/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds 'train/notes\.txt', which no build wrote"):
+        build([str(corpus)], tokenizer_json, out, overwrite=True)
+    (out / "train/notes.txt").unlink()
+
+    def come_meanwhile(progress: Progress) -> None:
+        (out / "thesis.tex").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"holds 'thesis\.tex', which no build wrote"):
+        build([str(corpus)], tokenizer_json, out, overwrite=True, report=come_meanwhile)
+    (out / "thesis.tex").rename(tmp_path / "out.partial/thesis.tex")
+    build([str(corpus)], tokenizer_json, out, overwrite=True)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["thesis.tex"]
+    assert verify(out) == []
+
+
 def test_an_output_that_would_eat_its_input_is_refused(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--input .*\.txt: lies inside --output"):
         build([str(corpus / "part0")], tokenizer_json, corpus, overwrite=True)

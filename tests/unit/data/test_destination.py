@@ -139,6 +139,21 @@ def test_what_lies_in_a_store_is_replaced_only_when_asked_and_only_when_a_build_
         build([str(corpus)], tokenizer_json, place, staging=tmp_path, overwrite=True)
 
 
+def test_files_of_the_user_in_a_store_are_not_removed_with_a_dataset(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    files = fsspec.filesystem("memory")
+    place = f"memory://{tmp_path.name}"
+    own = {f"/{tmp_path.name}/train/img/0001.jpg": b"a", f"/{tmp_path.name}/validation/notes.txt": b"b"}
+    for name, data in own.items():
+        files.pipe_file(name, data)
+        with pytest.raises(
+            UsageError, match=r"holds '(train/img/0001\.jpg|validation/notes\.txt)', which no build wrote"
+        ):
+            build([str(corpus)], tokenizer_json, place, staging=tmp_path, overwrite=True)
+    assert {name: files.cat_file(name) for name in files.find(f"/{tmp_path.name}")} == own
+
+
 def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
     corpus: Path, tokenizer_json: Path, tmp_path: Path, store: Any
 ) -> None:
