@@ -93,3 +93,13 @@ def _short(count: float) -> str:
             return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
     return f"{count:.1f}T"
+
+
+def in_units(count: int) -> str:
+    """A number of bytes for people: 1.5 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -30,6 +30,7 @@ from llmscale.errors import DataError, UsageError
 TRAIN, VALIDATION = "train", "validation"
 _MIN_SAMPLE_TOKENS = 1024
 _HELD_BYTES = 64 << 20
+_KEPT = "what was built is kept: the same command goes on"
 
 
 @dataclass
@@ -133,6 +134,8 @@ def build(
                 with closing(in_order(encoder, packs, workers)) as results:
                     run.write(results, lambda: report(run.progress(total_bytes)))
                 cards = run.finish()
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_KEPT if run.kept else "no shard was finished yet") from None
             finally:
                 run.abandon()
             place.publish(place.staging / DATASET)
@@ -184,6 +187,11 @@ class _Build:
         """Documents written."""
         return sum(writer.documents for writer in self._writers.values())
 
+    @property
+    def kept(self) -> bool:
+        """Whether the journal holds any of them."""
+        return any(state.documents for state in self.state.writers.values())
+
     def progress(self, total_bytes: int) -> Progress:
         """How far it is."""
         tokens = sum(writer.tokens for writer in self._writers.values())
@@ -200,7 +208,7 @@ class _Build:
                 return
             except DataError as error:
                 if self.documents and self._save():
-                    raise DataError(f"{error}; what was built is kept: the same command goes on") from None
+                    raise DataError(f"{error}; {_KEPT}") from None
                 raise
             self._add(result)
             self.position = position

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -189,11 +192,21 @@ _worker: Encoder
 
 
 def _start_worker(encoder: Encoder) -> None:
-    """Ctrl-C is for the main process, which ends the workers; the tokenizer comes once, not with each job."""
+    """Ctrl-C is for the main process, which ends the workers; the tokenizer comes once, not with each job.
+
+    A main process that was killed ends nobody: a worker would wait for ever at a queue that its siblings hold open.
+    """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     one_thread_for_tokenizers()
     _worker = encoder
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _encode(parts: tuple[Part, ...]) -> Encoded:
