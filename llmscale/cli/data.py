@@ -93,7 +93,7 @@ def train_tokenizer(
 
 
 @command.command("inspect")
-@click.argument("place", metavar="FOLDER|URL")
+@click.argument("place", metavar="FOLDER|PATTERN|URL")
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
@@ -148,7 +148,7 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
 
 
 @command.command("verify")
-@click.argument("place", metavar="FOLDER|URL")
+@click.argument("place", metavar="FOLDER|PATTERN|URL")
 @options.as_json
 @click.pass_context
 def verify(context: click.Context, place: str, as_json: bool) -> None:

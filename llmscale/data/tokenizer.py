@@ -40,29 +40,18 @@ class Tokenizer:
         end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds.
         pattern: how a tiktoken file's text is cut into words; when None by its name.
         """
-        import tokenizers
-
         self.path = _file(path)
         self._pattern = pattern
         self.content = _read(self.path, pattern)
         """The text of the tokenizer.json, whatever the file is."""
-        try:
-            self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                f"{path}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`"
-            ) from None
+        self._tokenizer = parsed(self.content, str(path))
         self._sentencepiece = _embedded(self.path, self.content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocabulary_size(self._tokenizer)
         # Only special tokens: any other might come out of a document's text.
-        special = {
-            token.content: number
-            for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
-            if token.special
-        }
+        special = special_tokens(self._tokenizer)
         names = (end_of_document,) if end_of_document else _USUAL_ENDS
         name = next((name for name in names if name in special), None)
         if name is None:
@@ -105,6 +94,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def parsed(content: bytes, where: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json.
+
+    Raises:
+        DataError: it is something else.
+    """
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{where}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`") from None
+
+
+def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """The largest id, and one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
+    """Special token -> its id, by the ids."""
+    found = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {token.content: number for number, token in found if token.special}
 
 
 @lru_cache(maxsize=1)

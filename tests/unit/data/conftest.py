@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tokenizer_of(vocab_size: int) -> bytes:
+    """A tokenizer.json of two words, the id of the first being 0 and that of the other the last."""
+    end = "<|endoftext|>"
+    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    words = {end: 0, "word": vocab_size - 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "word"}
+    return json.dumps({"added_tokens": [{"id": 0, "content": end, "special": True, **marks}], "model": model}).encode()
+
+
 WriteSplit = Callable[..., Path]
 
 
@@ -59,7 +69,7 @@ def write_split(tmp_path: Path) -> WriteSplit:
 
     def write(
         name: str, lengths: Sequence[int], sample_tokens: int = 64, shard_samples: int = 3, first: int = 1,
-        dtype: str = "uint32", vocab_size: int = 1 << 20, tokenizer: bytes = b"{}",
+        dtype: str = "uint32", vocab_size: int = 1 << 20, tokenizer: bytes | None = None,
     ) -> Path:  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
@@ -67,7 +77,7 @@ def write_split(tmp_path: Path) -> WriteSplit:
         for length in lengths:
             writer.add(np.arange(first, first + length, dtype=dtype), True, True)
             first += length
-        writer.finish(tokenizer, vocab_size)
+        writer.finish(tokenizer_of(vocab_size) if tokenizer is None else tokenizer, vocab_size)
         return folder
 
     return write

@@ -26,7 +26,7 @@ def waiting(tokenizer_json: Path, tmp_path: Path) -> Iterator[subprocess.Popen[s
     with pipe.open("wb"):  # once it is there
         yield process
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
