@@ -89,6 +89,15 @@ def test_tables_that_grow_forget_nothing(tmp_path: Path) -> None:
     assert found.kept == 20_000
 
 
+def test_the_disk_has_room_for_what_is_mapped(tmp_path: Path) -> None:
+    """Else a full disk kills the process by a signal."""
+    found = Deduplicator(tmp_path / "kept", 0.8)
+    for count in (1, 5_000):
+        check(found, [f"document number {number}" for number in range(count)])
+        status = (tmp_path / "kept").stat()
+        assert status.st_size <= status.st_blocks * 512
+
+
 def test_a_script_without_spaces_is_compared_by_its_characters() -> None:
     one = "深度学习模型需要大量的训练数据才能取得良好的效果"
     agree = (minima(one) == minima(one + "。再见")).mean()
