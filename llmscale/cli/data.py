@@ -33,7 +33,7 @@ command.add_command(build)
 @options.suffixes
 @options.text_key
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), required=True, help="Number of token ids, special ones included."
+    "--vocab-size", type=click.IntRange(1, 1 << 24), required=True, help="Number of token ids, special ones included."
 )
 @click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")

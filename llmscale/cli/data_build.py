@@ -15,6 +15,7 @@ import click
 
 from llmscale.cli import data_options as options
 from llmscale.cli.progress import display, in_units
+from llmscale.errors import shown
 
 if TYPE_CHECKING:
     from llmscale.data.build import Summary
@@ -144,7 +145,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 
 def _summary_lines(summary: Summary) -> Iterator[str]:
-    yield f"{summary.output}: {summary.files:,} file(s) read"
+    yield f"{shown(summary.output)}: {summary.files:,} file(s) read"
     for name, card in summary.splits.items():
         size = f"{card.shards:,} shard(s), {in_units(card.bytes)}"
         yield f"  {name}: {card.documents:,} documents, {card.tokens:,} tokens, {size}"

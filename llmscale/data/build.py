@@ -25,7 +25,7 @@ from llmscale.data.inputs import find
 from llmscale.data.journal import DATASET, Journal
 from llmscale.data.shards import SAMPLE_TOKENS, Card, Deduplication, SplitWriter, Tokens, shard_name
 from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 TRAIN, VALIDATION = "train", "validation"
 _MIN_SAMPLE_TOKENS = 1024
@@ -114,6 +114,7 @@ def build(
         "--dedup": f"{dedup} {near_threshold}" if encoder.near else dedup,
         **({"--part": f"{part[0]}/{part[1]}"} if part else {}),
     }
+    options = {name: shown(value) for name, value in options.items()}
     place = destination(output, staging)
     try:
         with closing(place), journal.held(place.staging, str(output)):
@@ -141,7 +142,9 @@ def build(
             place.publish(place.staging / DATASET)
             journal.drop(place.staging)
     except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror or error}; name another --output") from None
+        raise DataError(
+            f"{shown(output)}: cannot be written: {error.strerror or error}; name another --output"
+        ) from None
     return Summary(
         str(output), cards, len(files), run.position.binary_files, run.state.empty, run.state.replaced,
         run.state.exact_removed, run.state.near_removed, resumed,

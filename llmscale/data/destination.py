@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llmscale.data.inputs import InputFile
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 SPLITS = ("validation", "train")
 """In the order in which they appear."""
@@ -74,25 +74,25 @@ class _Folder:
         self._path = path
         self._target = path.resolve()
         if os.path.ismount(self._target):
-            raise UsageError(f"--output {path}: is a mount point, which cannot be renamed; name a folder in it")
+            raise UsageError(f"--output {shown(path)}: is a mount point, which cannot be renamed; name a folder in it")
         self.staging = self._target.with_name(f"{self._target.name}.partial")
         self._old = self._target.with_name(f".{self._target.name}.llmscale-old")
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         output, target = self._path, self._target
         if output.exists() and not output.is_dir():
-            raise UsageError(f"--output {output}: is a file; name a folder")
+            raise UsageError(f"--output {shown(output)}: is a file; name a folder")
         inside = next((file for file in files if file.path and target in file.path.resolve().parents), None)
         if inside:
-            raise UsageError(f"--input {inside.name}: lies inside --output {output}; name another --output")
+            raise UsageError(f"--input {inside.shown}: lies inside --output {output}; name another --output")
         around = next((name for name in inputs if os.path.isdir(name) and Path(name).resolve() in target.parents), None)
         if around:
-            raise UsageError(
-                f"--output {output}: lies inside --input {around}, which is read; name a folder outside it"
-            )
+            raise UsageError(f"--output {shown(output)}: lies inside --input {shown(around)}; name a folder outside it")
         there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
         if there and not overwrite:
-            raise UsageError(f"--output {output}: is not empty; name another folder, or replace it with --overwrite")
+            raise UsageError(
+                f"--output {shown(output)}: is not empty; name another folder, or replace it with --overwrite"
+            )
         self._refuse_foreign(target)
         self._refuse_foreign(self._old)
 
@@ -127,7 +127,7 @@ class _Folder:
             )
             if foreign:
                 name = str(foreign.relative_to(folder))
-                raise UsageError(f"--output {folder}: holds {name!r}, which no build wrote; name another folder")
+                raise UsageError(f"--output {shown(folder)}: holds {name!r}, which no build wrote; name another folder")
 
 
 class _Store:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from llmscale.data.inputs import InputFile, unreadable
 from llmscale.data.tars import MOST_BYTES, samples
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 PIECE_BYTES = 1 << 20
 _PROBE_BYTES = 8192
@@ -89,12 +89,12 @@ class Reader:
     def _parts(self, about: InputFile, file: BinaryIO) -> Iterator[Part]:
         name, file = _decompressed(about.file_name, file)
         if name.endswith((".jsonl", ".ndjson")):
-            return _lines(about.name, file)
+            return _lines(about.shown, file)
         if name.endswith(".parquet"):
-            return _rows(about.name, file, self._text_key)
+            return _rows(about.shown, file, self._text_key)
         if name.endswith((".tar", ".tgz")):
-            return _tar(about.name, file, self._text_key)
-        return self._text(about.name, file)
+            return _tar(about.shown, file, self._text_key)
+        return self._text(about.shown, file)
 
     def _text(self, name: str, file: BinaryIO) -> Iterator[Part]:
         first = True
@@ -122,7 +122,7 @@ def _arrow(name: str) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise UsageError(f"--input {name}: this format needs the package pyarrow; {EXTRA}") from None
+        raise UsageError(f"--input {shown(name)}: this format needs the package pyarrow; {EXTRA}") from None
     return pyarrow
 
 

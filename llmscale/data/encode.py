@@ -172,6 +172,7 @@ def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     pending: deque[tuple[Future[Encoded], Position]] = deque()
+    started = pool.submit(os.getpid)
     try:
         for job in packs:
             pending.append((pool.submit(_encode, job.parts), job.position))
@@ -182,6 +183,11 @@ def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[
             future, position = pending.popleft()
             yield future.result(), position
     except BrokenProcessPool:
+        if started.exception():
+            raise DataError(
+                "no worker could be started (what they said stands above); use --workers 1, "
+                'or in a script call build under `if __name__ == "__main__":`'
+            ) from None
         raise DataError("a worker was killed, most often for want of memory; use fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -228,11 +234,13 @@ def _check_files(files: Sequence[InputFile], start: Position) -> None:
 
 def _stamp(before: str, file: InputFile) -> str:
     """A checksum of a file's name, size and version, and of the files before it."""
-    return hashlib.sha256(f"{before}\0{file.name}\0{file.size}\0{file.version}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{before}\0{file.name}\0{file.size}\0{file.version}".encode(errors="surrogateescape")
+    ).hexdigest()
 
 
 def _changed(file: InputFile | None) -> UsageError:
-    what = file.name if file else "--input: a file"
+    what = file.shown if file else "--input: a file"
     return UsageError(
         f"{what} has changed that the unfinished build had read; put it back, or drop that build with --restart"
     )

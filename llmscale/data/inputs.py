@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from llmscale.data.remote_file import open_remote
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 _PACKAGES = {
     "s3": "llmscale[s3]",
@@ -46,6 +46,11 @@ class InputFile:
         return None if is_url(self.name) else Path(self.name)
 
     @property
+    def shown(self) -> str:
+        """Its name for messages."""
+        return shown(self.name)
+
+    @property
     def file_name(self) -> str:
         """Its name without the query of a URL: the ending says the format."""
         return self.name.partition("?")[0] if self.name.startswith(_HTTP) else self.name
@@ -61,7 +66,7 @@ class InputFile:
                 return self.path.open("rb")
         except OSError as error:
             raise unreadable(self.name, error) from None
-        return open_remote(self.name, self.size, seekable=self.file_name.endswith(".parquet"))
+        return open_remote(self.name, self.size, seekable=self.file_name.lower().endswith(".parquet"))
 
 
 def is_url(name: str) -> bool:
@@ -86,7 +91,7 @@ def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]
 def unreadable(name: str, error: Exception) -> DataError:
     """The message for an input that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return DataError(f"{name}: cannot be read: {reason}; mend the file or leave it out of --input")
+    return DataError(f"{shown(name)}: cannot be read: {reason}; mend the file or leave it out of --input")
 
 
 def _path(name: str) -> str:
@@ -189,7 +194,7 @@ def _wanted(name: str, suffixes: Sequence[str]) -> bool:
 def _nothing(name: str, suffixes: Sequence[str], matched: bool) -> UsageError:
     ending = f" with suffix {', '.join(suffixes)}" if suffixes and matched else ""
     what = f"holds no file{ending}" if matched else "matches no file"
-    return UsageError(f"--input {name}: {what}; give existing files, folders, URLs or quoted globs")
+    return UsageError(f"--input {shown(name)}: {what}; give existing files, folders, URLs or quoted globs")
 
 
 def _refuse(error: OSError) -> None:

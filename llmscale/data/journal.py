@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from llmscale.data.durable import sync_folder, temporary, write_whole
 from llmscale.data.encode import Position
 from llmscale.data.shards import WriterState
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 DATASET = "dataset"
 """Folder of the splits, within the one where the build works."""
@@ -76,11 +76,13 @@ def load(folder: Path, options: dict[str, str]) -> Journal | None:
     try:
         journal = Journal.model_validate_json(path.read_bytes())
     except ValidationError:
-        raise DataError(f"{path}: damaged, or of another version; drop that unfinished build with --restart") from None
+        raise DataError(
+            f"{shown(path)}: damaged, or of another version; drop that unfinished build with --restart"
+        ) from None
     for name, value in journal.options.items():
         if (now := options.get(name)) != value:
             raise UsageError(
-                f"{folder}: an unfinished build with {name} {value} is there, and now {name} is {now}; "
+                f"{shown(folder)}: an unfinished build with {name} {value} is there, and now {name} is {now}; "
                 "give the same to go on, or drop it with --restart"
             )
     return journal
@@ -97,7 +99,9 @@ def check_own(folder: Path) -> None:
     there = sorted(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else []
     own = _NAME in there or there == [temporary(folder / _NAME).name]
     if not own and (there or not folder.is_dir()):
-        raise UsageError(f"{folder}: builds work there, and no build made it; move it away, or name another place")
+        raise UsageError(
+            f"{shown(folder)}: builds work there, and no build made it; move it away, or name another place"
+        )
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def held(folder: Path, output: str) -> Iterator[None]:
         except BlockingIOError:
             same = False
         if not same:  # held, or just let go by a build that has removed the file
-            raise UsageError(f"--output {output}: another build is writing it; wait for it or name another")
+            raise UsageError(f"--output {shown(output)}: another build is writing it; wait for it or name another")
         try:
             yield
         finally:

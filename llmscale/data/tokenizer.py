@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +33,17 @@ _USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"
 class Tokenizer:
     """A tokenizer.json, ready to encode documents."""
 
-    def __init__(self, path: Path, end_of_document: str | None = None, pattern: str | None = None) -> None:
+    def __init__(
+        self, path: Path, end_of_document: str | None = None, pattern: str | None = None, content: bytes | None = None
+    ) -> None:
         """path: a tokenizer.json, a tiktoken file, a sentencepiece model, or a folder with one of them.
 
         end_of_document: the token that ends a document; when None the first usual one that the vocabulary holds.
-        pattern: how a tiktoken file's text is cut into words; when None by its name.
+        pattern: how a tiktoken file's text is cut into words; when None by its name. content: the text of the
+        tokenizer.json, where it was read before.
         """
-        self.path = _file(path)
-        self._pattern = pattern
-        self.content = _read(self.path, pattern)
+        self.path = _file(path) if content is None else path
+        self.content = _read(self.path, pattern) if content is None else content
         """The text of the tokenizer.json, whatever the file is."""
         self._tokenizer = parsed(self.content, str(path))
         self._sentencepiece = _embedded(self.path, self.content)
@@ -63,8 +64,8 @@ class Tokenizer:
         self.end_of_document = special[name]
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Travels to another process as the file's name; read once there."""
-        return _load, (self.path, self.end_of_document_token, self._pattern, self.sha256)
+        """Travels to another process as its content: the file may be a pipe, which gives that once."""
+        return Tokenizer, (self.path, self.end_of_document_token, None, self.content)
 
     @property
     def sha256(self) -> str:
@@ -119,14 +120,6 @@ def special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
     """Special token -> its id, by the ids."""
     found = sorted(tokenizer.get_added_tokens_decoder().items())
     return {token.content: number for number, token in found if token.special}
-
-
-@lru_cache(maxsize=1)
-def _load(path: Path, end_of_document: str, pattern: str | None, sha256: str) -> Tokenizer:
-    tokenizer = Tokenizer(path, end_of_document, pattern)
-    if tokenizer.sha256 != sha256:
-        raise DataError(f"{path}: has changed meanwhile; start again")
-    return tokenizer
 
 
 def _file(path: Path) -> Path:

@@ -17,7 +17,13 @@ from llmscale.data.split import Split
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
-from tests.unit.data.conftest import content
+from tests.unit.data.conftest import content, sentence
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a few documents."""
+    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 1 << 12)
 
 
 def documents(folder: Path) -> list[str]:
@@ -224,3 +230,50 @@ def test_a_worker_tokenises_on_one_thread(tokenizer_json: Path) -> None:
     command = [sys.executable, "-c", program, str(tokenizer_json)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "0"), result.stderr
+
+
+def test_file_names_that_are_no_text_are_read_and_named(tokenizer_json: Path, tmp_path: Path, small: None) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")).write_text(rows)
+    bad = Path(os.fsdecode(os.fsencode(folder) + b"/two\nlines\xe9.jsonl"))
+    bad.write_text(rows + "bad\n")
+    with pytest.raises(DataError, match=r"two\\nlines\\udce9\.jsonl:100: not a line .*; what was built is kept"):
+        build([str(folder)], tokenizer_json, out, shard_bytes=8192, text_key="text")
+    bad.write_text(rows)
+    assert build([str(folder)], tokenizer_json, out, shard_bytes=8192, workers=2).resumed_documents
+    with pytest.raises(UsageError, match=r"--input .*no\\n: matches no file"):
+        build([str(folder / "no\n")], tokenizer_json, out)
+
+
+def test_a_tokenizer_may_come_from_a_pipe(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(tokenizer_json.read_bytes())
+    build([str(corpus)], Path(f"/dev/fd/{reading}"), tmp_path / "out", workers=2)
+    os.close(reading)
+    build([str(corpus)], tokenizer_json, tmp_path / "same")
+    assert content(tmp_path / "out") == content(tmp_path / "same")
+
+
+@pytest.mark.parametrize("output", ["/", "/proc"])
+def test_an_output_that_cannot_be_renamed_is_refused_before_anything_is_read(
+    corpus: Path, tokenizer_json: Path, output: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"--output {output}: is a mount point, .*; name a folder in it"):
+        build([str(corpus)], tokenizer_json, output)
+
+
+def test_workers_that_do_not_start_are_not_said_to_want_memory(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom llmscale.data.build import build\n"
+        f"build([{str(corpus)!r}], Path({str(tokenizer_json)!r}), {str(tmp_path / 'out')!r}, workers=2)\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert "no worker could be started" in last
+    assert "__main__" in last

@@ -141,6 +141,8 @@ def test_a_mistake_gives_one_clear_line(
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--workers", "0"],
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--shard-size", "big"],
         ["tokenizer", "--input", "x", "--output", "k"],
+        ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "999999999999"],
+        ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "1" + "0" * 22],
         ["inspect"],
         ["verify", "a", "--fast"],
     ],
