@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmscale.cli import data_options as options
-from llmscale.cli.progress import display, in_units
+from llmscale.cli.progress import display, in_units, seen_lines
 from llmscale.errors import shown
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def _cpus() -> int:
 
 def _summary(summary: Summary) -> dict[str, Any]:
     result = asdict(summary)
+    result |= result.pop("seen").model_dump()
     result["splits"] = {name: card.model_dump() for name, card in summary.splits.items()}
     return result
 
@@ -155,8 +156,7 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {summary.resumed_documents:,} document(s) were there from the build that was gone on with"
     if summary.exact_duplicates or summary.near_duplicates:
         yield f"  {summary.exact_duplicates:,} exact and {summary.near_duplicates:,} near duplicate(s) left out"
-    if summary.binary_files:
-        yield f"  {summary.binary_files:,} binary file(s) left out: they hold NUL bytes"
+    yield from seen_lines(summary.seen)
     if summary.empty_documents:
         yield f"  {summary.empty_documents:,} empty document(s) left out"
     if summary.replaced_characters:

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress
+    from llmscale.data.documents import Seen
 
 _LINE_SECONDS = 10.0
 
@@ -103,3 +104,14 @@ def in_units(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def seen_lines(seen: Seen) -> Iterator[str]:
+    """What was read in another way than the user may expect, or left out."""
+    if seen.binary_files:
+        names = ", ".join(seen.binary_names) + (", …" if seen.binary_files > len(seen.binary_names) else "")
+        yield f"  {seen.binary_files:,} binary file(s) left out, which hold NUL bytes: {names}"
+    if seen.json_of_lines:
+        yield f"  {seen.json_of_lines:,} .json file(s) read as .jsonl: their first line is an object with the text"
+    if seen.json_as_text:
+        yield f"  {seen.json_as_text:,} .json file(s) read as text, each one document: no object with --text-key a line"

@@ -2,8 +2,9 @@
 
 The shards are the same bytes for any number of workers (`encode.py`), and whether or not the build was killed on the
 way: it works in OUTPUT.partial, notes at every finished shard all that it takes to go on (`journal.py`), and goes on
-when it is started again with the same options. A document goes to the validation split when the hash of its text (of
-its first MiB, where it is longer) falls below the fraction: copies of a document always land on the same side.
+when it is started again with the same options. A document goes to the validation split when the hash of its text
+(without white space around it; of the first 256 KiB, where it is longer than a MiB) falls below the fraction: copies
+of a document always land on the same side.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from llmscale.data import journal
 from llmscale.data.dedup import PERMUTATIONS, SHINGLE_WORDS, Deduplicator, Minima
 from llmscale.data.destination import Destination, destination
+from llmscale.data.documents import Seen
 from llmscale.data.encode import Encoded, Encoder, Position, digest, in_order, jobs
 from llmscale.data.inputs import find
 from llmscale.data.journal import DATASET, Journal
@@ -50,8 +52,8 @@ class Summary:
     output: str
     splits: dict[str, Card]
     files: int
-    binary_files: int
-    """Left out: they hold NUL bytes."""
+    seen: Seen
+    """Binary files, which are left out, and files whose kind had to be guessed."""
     empty_documents: int
     """Left out: nothing but white space."""
     replaced_characters: int
@@ -61,6 +63,11 @@ class Summary:
     near_duplicates: int
     resumed_documents: int
     """Were there already, from a build that had not ended."""
+
+    @property
+    def binary_files(self) -> int:
+        """Left out: they hold NUL bytes."""
+        return self.seen.binary_files
 
 
 def build(
@@ -146,7 +153,7 @@ def build(
             f"{shown(output)}: cannot be written: {error.strerror or error}; name another --output"
         ) from None
     return Summary(
-        str(output), cards, len(files), run.position.binary_files, run.state.empty, run.state.replaced,
+        str(output), cards, len(files), run.position.seen, run.state.empty, run.state.replaced,
         run.state.exact_removed, run.state.near_removed, resumed,
     )  # fmt: skip
 
@@ -311,7 +318,7 @@ class _Build:
         if written := self.documents:
             return f"all {written} document(s) fell into the validation split; use a smaller --validation-fraction"
         return (
-            f"no document to train on in --input: {self.state.empty} empty, {self.position.binary_files} binary "
+            f"no document to train on in --input: {self.state.empty} empty, {self.position.seen.binary_files} binary "
             "file(s); give files with text"
         )
 

@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from llmscale.data import dedup, documents
-from llmscale.data.documents import Part, Reader
+from llmscale.data.documents import Part, Reader, Seen
 from llmscale.data.inputs import InputFile
 from llmscale.data.shards import Tokens
 from llmscale.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Position(BaseModel):
     bytes_before: int = 0
     """Of the files that are done."""
     bytes_read: int = 0
-    binary_files: int = 0
+    seen: Seen = Seen()
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Encoder:
                     continue
                 replaced += piece.replaced
                 tokens.append(self.tokenizer.encode(piece.text, continues=not piece.first))
-                fingerprints.append(int.from_bytes(digest(piece.data, 8), "big") if piece.first else None)
+                fingerprints.append(_fingerprint(piece) if piece.first else None)
                 lasts.append(piece.last)
                 if self.exact:
-                    digests.append(digest(piece.data))
+                    digests.append(digest(_stripped(piece)))
                 if self.near:
                     minima.append(dedup.minima(piece.text))
         joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.uint16)
@@ -125,9 +125,9 @@ def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator
     _check_files(files, start)
     pack: list[Part] = []
     size = 0
-    sha256, bytes_before, binary_files = start.files_sha256, start.bytes_before, start.binary_files
+    sha256, bytes_before, seen = start.files_sha256, start.bytes_before, start.seen
     for number in range(start.file, len(files)):
-        reader = Reader(files[number : number + 1], text_key)
+        reader = Reader(files[number : number + 1], text_key, seen)
         skipped = start.parts if number == start.file else 0
         parts = crc32 = 0
         for part in reader:
@@ -144,7 +144,7 @@ def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator
                     tuple(pack),
                     Position(
                         file=number, parts=parts, parts_crc32=crc32, files_sha256=sha256, bytes_before=bytes_before,
-                        bytes_read=bytes_before + reader.bytes_read, binary_files=binary_files,
+                        bytes_read=bytes_before + reader.bytes_read, seen=seen,
                     ),
                 )  # fmt: skip
                 pack, size = [], 0
@@ -152,12 +152,12 @@ def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator
             raise _changed(files[number])
         sha256 = _stamp(sha256, files[number])
         bytes_before += reader.total_bytes
-        binary_files += reader.binary_files
+        seen = reader.seen
     yield Job(
         tuple(pack),
         Position(
             file=len(files), files_sha256=sha256, bytes_before=bytes_before, bytes_read=bytes_before,
-            binary_files=binary_files,
+            seen=seen,
         ),
     )  # fmt: skip
 
@@ -217,6 +217,21 @@ def _end_with(sentinel: int) -> None:
 
 def _encode(parts: tuple[Part, ...]) -> Encoded:
     return _worker(parts)
+
+
+def _stripped(piece: documents.Piece) -> bytes:
+    """A piece without the white space at its document's beginning and end: texts that differ there alone are copies."""
+    text = piece.text.lstrip() if piece.first else piece.text
+    return (text.rstrip() if piece.last else text).encode()
+
+
+def _fingerprint(piece: documents.Piece) -> int:
+    """64 bits of a document by its first piece: of all its text, or of so much as every first piece of a longer has.
+
+    Wherever white space at the beginning lets the first piece of a long document end, its copies get the same.
+    """
+    text = _stripped(piece)
+    return int.from_bytes(digest(text if piece.last else text[: documents.PIECE_BYTES // 4], 8), "big")
 
 
 def digest(data: bytes, size: int = dedup.DIGEST_BYTES) -> bytes:

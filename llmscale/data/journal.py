@@ -32,7 +32,7 @@ _DROPPED = "dropped"
 class Journal(BaseModel):
     """The state of a build between two jobs."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     options: dict[str, str]
     """What must be given again: option -> value."""
     position: Position = Position()

@@ -70,7 +70,7 @@ def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
                     data = None
                 key = here
                 found = _text(name, tar, member, ending.lower(), text_key)
-                data = found if data is None else data
+                data = found if not data and found is not None else data
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError) as error:
         place = f" near {key!r}" if key is not None else ""
@@ -111,6 +111,8 @@ def _text(name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str,
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: member {member.name!r} is not JSON ({error}); mend or remove it") from None
-    text = found.get(text_key) if isinstance(found, dict) else None
+    text = found.get(text_key, 0) if isinstance(found, dict) else None
+    if isinstance(found, dict) and text is None:
+        return b""  # null: a document without text
     # JSON may escape half a surrogate pair, which no UTF-8 can hold.
     return text.encode("utf-8", "replace") if isinstance(text, str) else None

@@ -118,10 +118,14 @@ def test_what_is_left_out_or_replaced_is_counted(corpus: Path, tokenizer_json: P
     (corpus / "empty.txt").write_text("")
     (corpus / "blank.txt").write_text(" \n\t\n")
     (corpus / "binary.dat").write_bytes(bytes(100))
+    (corpus / "rows.json").write_text('{"text": "row"}\n{"text": null}\n')
+    (corpus / "package.json").write_text('{"name": "x"}')
     (corpus / "latin.txt").write_bytes("überall".encode("latin-1"))
     summary = build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.0)
-    assert (summary.empty_documents, summary.binary_files, summary.replaced_characters) == (2, 1, 1)
-    assert summary.splits["train"].documents == 121
+    assert (summary.empty_documents, summary.binary_files, summary.replaced_characters) == (3, 1, 1)
+    seen = summary.seen
+    assert (seen.binary_names, seen.json_of_lines, seen.json_as_text) == ((str(corpus / "binary.dat"),), 1, 1)
+    assert summary.splits["train"].documents == 123
     assert "\ufffdberall" in documents(tmp_path / "out/train")
 
 

@@ -131,6 +131,21 @@ def test_a_build_removes_copies_the_same_for_any_number_of_workers(
     assert (about.threshold, about.permutations) == ((0.8, 128) if near else (None, None))
 
 
+def test_white_space_around_a_text_makes_no_other_document(tokenizer_json: Path, tmp_path: Path) -> None:
+    firsts = [sentence(number) for number in range(200)]
+    long = "long line\n" * 110_000 + "end"
+    rows = [*firsts, long, *(f"\n {text}\u3000\n" for text in firsts), f"  {long}\n"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    files = [str(tmp_path / "rows.jsonl"), str(tmp_path / "long.txt")]
+    (tmp_path / "long.txt").write_text(f"\ufeff{long}\n\n")
+    plain = build(files, tokenizer_json, tmp_path / "out", validation_fraction=0.3)
+    exact = build(files, tokenizer_json, tmp_path / "exact", validation_fraction=0.3, dedup="exact")
+    assert exact.exact_duplicates == 202
+    for split, card in exact.splits.items():
+        assert plain.splits[split].documents in (2 * card.documents, 2 * card.documents + 1)
+        assert card.documents > 30
+
+
 def test_boilerplate_that_thousands_share_removes_nothing_and_fills_no_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
