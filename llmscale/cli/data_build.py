@@ -15,7 +15,7 @@ import click
 
 from llmscale.cli import data_options as options
 from llmscale.cli.progress import display, in_units, seen_lines
-from llmscale.errors import shown
+from llmscale.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from llmscale.data.build import Summary
@@ -52,9 +52,17 @@ if TYPE_CHECKING:
 @click.option(
     "--near-threshold",
     type=click.FloatRange(0, 1, min_open=True),
-    default=0.8,
+    help="With --dedup near: from which similarity of their runs of five words (Jaccard, estimated); 0.8 by default.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
     show_default=True,
-    help="With --dedup near: from which similarity of their runs of five words (Jaccard, estimated).",
+    help="What a record that is no document does; skip names it in OUTPUT/skipped.jsonl.",
+)
+@click.option(
+    "--max-skipped", type=click.IntRange(min=0), help="With --on-error skip: at most so many records; 1000 by default."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the dataset that --output holds.")
 @click.option("--restart", is_flag=True, help="Drop an unfinished build instead of going on with it.")
@@ -79,7 +87,9 @@ def build(
     shard_size: int,
     end_of_document: str | None,
     dedup: str,
-    near_threshold: float,
+    near_threshold: float | None,
+    on_error: str,
+    max_skipped: int | None,
     overwrite: bool,
     restart: bool,
     staging: Path | None,
@@ -100,6 +110,11 @@ def build(
     """
     from llmscale.data.build import build as run
 
+    for option, given, asked in (
+        ("--near-threshold", near_threshold, "--dedup near"), ("--max-skipped", max_skipped, "--on-error skip"),
+    ):  # fmt: skip
+        if given is not None and asked not in (f"--dedup {dedup}", f"--on-error {on_error}"):
+            raise UsageError(f"{option} {given}: does nothing without {asked}; give that too, or leave it away")
     with _ended_by_sigterm(), display("tokenising") as report:
         summary = run(
             (*inputs, *more),
@@ -113,7 +128,8 @@ def build(
             end_of_document=end_of_document,
             pattern=pattern,
             dedup=dedup,
-            near_threshold=near_threshold,
+            near_threshold=0.8 if near_threshold is None else near_threshold,
+            max_skipped=(1000 if max_skipped is None else max_skipped) if on_error == "skip" else None,
             overwrite=overwrite,
             restart=restart,
             staging=staging,
@@ -156,6 +172,8 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {summary.resumed_documents:,} document(s) were there from the build that was gone on with"
     if summary.exact_duplicates or summary.near_duplicates:
         yield f"  {summary.exact_duplicates:,} exact and {summary.near_duplicates:,} near duplicate(s) left out"
+    if summary.skipped_records:
+        yield f"  {summary.skipped_records:,} record(s) passed over that are no documents: skipped.jsonl names them"
     yield from seen_lines(summary.seen)
     if summary.empty_documents:
         yield f"  {summary.empty_documents:,} empty document(s) left out"

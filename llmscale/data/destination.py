@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llmscale.data.inputs import InputFile
+from llmscale.data.skipped import REPORT
 from llmscale.errors import DataError, UsageError, shown
 
 SPLITS = ("validation", "train")
@@ -40,6 +41,8 @@ class Destination(Protocol):
 
     staging: Path
     """The folder to work in, which may be left and found again."""
+    local: ClassVar[bool]
+    """Whether what is written lies on this machine."""
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         """Refuse what would destroy something. begun: this very build was writing it before."""
@@ -70,6 +73,8 @@ def destination(output: str | Path, staging: Path | None = None) -> Destination:
 
 
 class _Folder:
+    local: ClassVar[bool] = True
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._target = path.resolve()
@@ -121,6 +126,8 @@ class _Folder:
 
     def _refuse_foreign(self, folder: Path) -> None:
         for split in sorted(folder.iterdir()) if folder.exists() else ():
+            if split.name == REPORT:
+                continue
             foreign = None if (split / "card.json").is_file() and not split.is_symlink() else split
             foreign = foreign or next(
                 (file for file in sorted(split.iterdir()) if not _OURS.fullmatch(file.name)), None
@@ -131,6 +138,8 @@ class _Folder:
 
 
 class _Store:
+    local: ClassVar[bool] = False
+
     def __init__(self, url: str, staging: Path | None) -> None:
         self._url = url.rstrip("/")
         self._files, self._root = _filesystem(self._url)
@@ -141,7 +150,7 @@ class _Store:
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         there = sorted(path.rstrip("/").rpartition("/")[2] for path in self._attempt(self._url, self._list))
-        foreign = [name for name in there if name not in SPLITS] or [
+        foreign = [name for name in there if name not in (*SPLITS, REPORT)] or [
             name
             for split in SPLITS
             for name in self._attempt(self._url, partial(self._names, split))
@@ -170,6 +179,8 @@ class _Store:
         for split in SPLITS:
             for path in sorted((dataset / split).glob("shard-*.tar")):
                 self._upload(split, path)
+        if (dataset / REPORT).is_file():
+            self._upload("", dataset / REPORT)
         for names in (_FILES, ("card.json",)):
             for split in SPLITS:
                 for name in names:
@@ -185,7 +196,8 @@ class _Store:
         local.unlink()
 
     def _upload(self, split: str, local: Path) -> None:
-        path = f"{self._root}/{split}/{local.name}"
+        name = f"{split}/{local.name}".lstrip("/")
+        path = f"{self._root}/{name}"
         size = local.stat().st_size
 
         def put() -> None:
@@ -194,7 +206,7 @@ class _Store:
             if (there := self._files.info(path)["size"]) != size:
                 raise OSError(f"{there} of {size} bytes are there")
 
-        self._attempt(f"{self._url}/{split}/{local.name}", put)
+        self._attempt(f"{self._url}/{name}", put)
 
     def _list(self) -> list[str]:
         self._files.invalidate_cache()
@@ -213,7 +225,9 @@ class _Store:
         self._files.invalidate_cache()
         names = [name for split in reversed(SPLITS) for name in self._names(split)]
         cards = [name for name in names if name.endswith("/card.json")]
-        for some in (cards, [name for name in names if name not in cards]):
+        others = [name for name in names if name not in cards]
+        others += [REPORT] * bool(self._files.exists(f"{self._root}/{REPORT}"))
+        for some in (cards, others):
             if some:
                 self._files.rm([f"{self._root}/{name}" for name in some])
         self._files.invalidate_cache()

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, Literal, cast
 from pydantic import BaseModel, ConfigDict
 
 from llmscale.data.inputs import InputFile, unreadable
-from llmscale.data.tars import MOST_BYTES, samples
+from llmscale.data.tars import MOST_BYTES, every_sample
 from llmscale.errors import DataError, UsageError, shown
 
 PIECE_BYTES = 1 << 20
@@ -45,11 +45,14 @@ EXTRA = "pip install 'llmscale[data]'"
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes as they stand in a file: a text file or a piece of it, or a line of a .jsonl file."""
+    """Bytes as they stand in a file: a text file or a piece of it, or a line of a .jsonl file.
+
+    A bad one has a message in their place, about a record that is no document.
+    """
 
     where: str
     """For messages: the file, and the line in a .jsonl file."""
-    kind: Literal["text", "json"]
+    kind: Literal["text", "json", "bad"]
     data: bytes
     first: bool = True
     last: bool = True
@@ -64,6 +67,10 @@ class Piece:
     first: bool
     last: bool
     replaced: int
+
+
+class BadRecord(DataError):
+    """A line of JSON or a sample of a tar that is no document; those after it may be."""
 
 
 class Seen(BaseModel):
@@ -226,8 +233,9 @@ def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
 
 
 def _tar(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
-    for sample in samples(name, file, text_key):
-        yield from _whole(f"{name}: sample {sample.key}", sample.data)
+    for sample in every_sample(name, file, text_key):
+        where = f"{name}: sample {sample.key}"
+        yield from [Part(where, "bad", sample.problem.encode())] if sample.problem else _whole(where, sample.data)
 
 
 def _whole(where: str, data: bytes) -> Iterator[Part]:
@@ -239,7 +247,13 @@ def _whole(where: str, data: bytes) -> Iterator[Part]:
 
 
 def pieces(part: Part, text_key: str) -> Iterator[Piece]:
-    """The text of a part. text_key: which value of a JSON object holds the document."""
+    """The text of a part. text_key: which value of a JSON object holds the document.
+
+    Raises:
+        BadRecord: before anything is given.
+    """
+    if part.kind == "bad":
+        raise BadRecord(part.data.decode())
     if part.kind == "text":
         text = _decoded(part.data, part.first)
         replaced = text.count("\ufffd") - part.data.count(b"\xef\xbf\xbd")
@@ -273,16 +287,16 @@ def _json_text(part: Part, key: str) -> tuple[bytes, int]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{part.where}: not a line of JSON ({error}); mend or remove the line") from None
+        raise BadRecord(f"{part.where}: not a line of JSON ({error}); mend or remove the line") from None
     if not isinstance(row, dict):
-        raise DataError(f"{part.where}: a JSON object is wanted, not {type(row).__name__}; mend or remove the line")
+        raise BadRecord(f"{part.where}: a JSON object is wanted, not {type(row).__name__}; mend or remove the line")
     if key not in row:
         there = ", ".join(sorted(row)[:10]) or "nothing"
-        raise DataError(f"{part.where}: no key {key!r}, there is {there}; name the key of the text with --text-key")
+        raise BadRecord(f"{part.where}: no key {key!r}, there is {there}; name the key of the text with --text-key")
     if (text := row[key]) is None:  # as in parquet: a document without text
         return b"", replaced
     if not isinstance(text, str):
-        raise DataError(
+        raise BadRecord(
             f"{part.where}: {key!r} is not a string but {type(text).__name__}; name another with --text-key"
         )
     try:

@@ -81,6 +81,8 @@ class Encoded:
     """Of each piece; none where duplicates stay."""
     minima: list[dedup.Minima]
     """Of each piece; none where near duplicates stay."""
+    skipped: list[str]
+    """What is wrong with each record that was passed over."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Encoder:
     text_key: str
     exact: bool = False
     near: bool = False
+    skip: bool = False
+    """Whether bad records are passed over."""
 
     def __call__(self, parts: tuple[Part, ...]) -> Encoded:
         tokens: list[Tokens] = []
@@ -99,21 +103,32 @@ class Encoder:
         digests: list[bytes] = []
         minima: list[dedup.Minima] = []
         empty = replaced = 0
-        for part in parts:
-            for piece in documents.pieces(part, self.text_key):
-                if piece.first and piece.last and not piece.text.strip():
-                    empty += 1
-                    continue
-                replaced += piece.replaced
-                tokens.append(self.tokenizer.encode(piece.text, continues=not piece.first))
-                fingerprints.append(_fingerprint(piece) if piece.first else None)
-                lasts.append(piece.last)
-                if self.exact:
-                    digests.append(digest(_stripped(piece)))
-                if self.near:
-                    minima.append(dedup.minima(piece.text))
+        skipped: list[str] = []
+        for piece in self._pieces(parts, skipped):
+            if piece.first and piece.last and not piece.text.strip():
+                empty += 1
+                continue
+            replaced += piece.replaced
+            tokens.append(self.tokenizer.encode(piece.text, continues=not piece.first))
+            fingerprints.append(_fingerprint(piece) if piece.first else None)
+            lasts.append(piece.last)
+            if self.exact:
+                digests.append(digest(_stripped(piece)))
+            if self.near:
+                minima.append(dedup.minima(piece.text))
         joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.uint16)
-        return Encoded(joined, [len(ids) for ids in tokens], fingerprints, lasts, empty, replaced, digests, minima)
+        lengths = [len(ids) for ids in tokens]
+        return Encoded(joined, lengths, fingerprints, lasts, empty, replaced, digests, minima, skipped)
+
+    def _pieces(self, parts: tuple[Part, ...], skipped: list[str]) -> Iterator[documents.Piece]:
+        """The pieces of all parts; what is wrong with bad records, where they are passed over, goes to `skipped`."""
+        for part in parts:
+            try:
+                yield from documents.pieces(part, self.text_key)
+            except documents.BadRecord as error:
+                if not self.skip:
+                    raise
+                skipped.append(str(error))
 
 
 def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator[Job]:
@@ -172,8 +187,8 @@ def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     pending: deque[tuple[Future[Encoded], Position]] = deque()
-    started = pool.submit(os.getpid)
     try:
+        started = pool.submit(os.getpid)
         for job in packs:
             pending.append((pool.submit(_encode, job.parts), job.position))
             if len(pending) > _JOBS_A_WORKER * workers:
@@ -182,6 +197,8 @@ def in_order(encoder: Encoder, packs: Iterator[Job], workers: int) -> Generator[
         while pending:
             future, position = pending.popleft()
             yield future.result(), position
+    except OSError as error:
+        raise DataError(f"no worker can be started: {error.strerror}; use fewer --workers") from None
     except BrokenProcessPool:
         if started.exception():
             raise DataError(

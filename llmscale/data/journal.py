@@ -44,7 +44,16 @@ class Journal(BaseModel):
     near_removed: int = 0
     kept: int = 0
     """Documents that the deduplication remembers."""
+    skipped: int = 0
+    """Records that were passed over."""
+    skipped_bytes: int = 0
+    """Of the report on them."""
     writers: dict[str, WriterState] = Field(default_factory=dict)
+
+    @property
+    def documents(self) -> int:
+        """Documents that are written."""
+        return sum(writer.documents for writer in self.writers.values())
 
     def save(self, folder: Path) -> None:
         """Replace the journal in a folder, once the names of the files beside it are on disk."""

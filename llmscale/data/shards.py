@@ -69,6 +69,8 @@ class Card(Record):
     longest_document: int
     index_sha256: str
     deduplication: Deduplication | None = None
+    skipped_records: int = 0
+    """That were no documents, when the dataset was built; of all splits together."""
 
 
 class Deduplication(Record):
@@ -237,7 +239,9 @@ class SplitWriter:
             open_shard=self._shard,
         )
 
-    def finish(self, tokenizer: bytes, vocab_size: int, deduplication: Deduplication | None = None) -> Card:
+    def finish(
+        self, tokenizer: bytes, vocab_size: int, deduplication: Deduplication | None = None, skipped: int = 0
+    ) -> Card:
         """Write what is left, the index, the tokenizer.json and, last, the card."""
         if self._used:
             self._flush()
@@ -265,6 +269,7 @@ class SplitWriter:
             longest_document=self._longest,
             index_sha256=index_sha256,
             deduplication=deduplication,
+            skipped_records=skipped,
         )
         write_whole(self._folder / "tokenizer.json", tokenizer)
         partial(self._folder / "index.json").replace(self._folder / "index.json")

@@ -168,7 +168,7 @@ def test_long_documents_are_compared_whole(
     tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmscale.data.documents.PIECE_BYTES", 1 << 12)
-    monkeypatch.setattr("llmscale.data.build._HELD_BYTES", 1 << 11)  # the rest waits on disk
+    monkeypatch.setattr("llmscale.data.held_document._HELD_BYTES", 1 << 11)  # the rest waits on disk
     rng = np.random.default_rng(5)
     long = "\n".join(" ".join(words(rng, 12)) for _ in range(300))
     for name, text in (("a", long), ("b", long + "\nanother end"), ("c", long), ("d", "short")):
