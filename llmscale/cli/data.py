@@ -11,7 +11,7 @@ import click
 
 from llmscale.cli import data_options as options
 from llmscale.cli.data_build import build
-from llmscale.cli.progress import display, in_units
+from llmscale.cli.progress import display, in_units, seen_lines
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ command.add_command(build)
 )
 @click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that --output names.")
 @options.as_json
 def train_tokenizer(
     inputs: Sequence[str],
@@ -46,6 +47,7 @@ def train_tokenizer(
     vocab_size: int,
     special_tokens: Sequence[str],
     output: Path,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Train a byte-level BPE tokenizer on text.
@@ -62,12 +64,19 @@ def train_tokenizer(
 
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file such as {output / 'tokenizer.json'}")
+    if output.exists() and not overwrite:
+        raise UsageError(f"--output {output}: is there; name another file, or replace it with --overwrite")
+    tokenizer.check_special(special_tokens)
+    tokenizer.check_writable(output)
     reader = documents.Reader(find((*inputs, *more), suffixes), text_key)
     progress = Progress(reader.total_bytes)
+    replaced = 0
 
     def texts(report: Callable[[Progress], None]) -> Iterator[str]:
+        nonlocal replaced
         for part in reader:
             for piece in documents.pieces(part, text_key):
+                replaced += piece.replaced
                 progress.bytes_read = reader.bytes_read
                 progress.documents += piece.last
                 report(progress)
@@ -83,13 +92,16 @@ def train_tokenizer(
         "special_tokens": list(dict.fromkeys(specials)),
         "documents": progress.documents,
         "bytes": reader.total_bytes,
+        "replaced_characters": replaced,
+        **reader.seen.model_dump(),
     }
     if as_json:
         click.echo(json.dumps(result))
     else:
-        click.echo(
-            f"{output}: {vocab_size:,} tokens, from {progress.documents:,} documents of {in_units(reader.total_bytes)}"
-        )
+        size = in_units(reader.total_bytes)
+        click.echo(f"{output}: {vocab_size:,} tokens, from {progress.documents:,} documents of {size}")
+        for line in seen_lines(reader.seen, replaced):
+            click.echo(line)
 
 
 @command.command("inspect")

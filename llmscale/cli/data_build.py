@@ -174,8 +174,6 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {summary.exact_duplicates:,} exact and {summary.near_duplicates:,} near duplicate(s) left out"
     if summary.skipped_records:
         yield f"  {summary.skipped_records:,} record(s) passed over that are no documents: skipped.jsonl names them"
-    yield from seen_lines(summary.seen)
+    yield from seen_lines(summary.seen, summary.replaced_characters)
     if summary.empty_documents:
         yield f"  {summary.empty_documents:,} empty document(s) left out"
-    if summary.replaced_characters:
-        yield f"  {summary.replaced_characters:,} character(s) that are not UTF-8 replaced by U+FFFD"

@@ -106,7 +106,7 @@ def in_units(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def seen_lines(seen: Seen) -> Iterator[str]:
+def seen_lines(seen: Seen, replaced: int) -> Iterator[str]:
     """What was read in another way than the user may expect, or left out."""
     if seen.binary_files:
         names = ", ".join(seen.binary_names) + (", …" if seen.binary_files > len(seen.binary_names) else "")
@@ -115,3 +115,5 @@ def seen_lines(seen: Seen) -> Iterator[str]:
         yield f"  {seen.json_of_lines:,} .json file(s) read as .jsonl: their first line is an object with the text"
     if seen.json_as_text:
         yield f"  {seen.json_as_text:,} .json file(s) read as text, each one document: no object with --text-key a line"
+    if replaced:
+        yield f"  {replaced:,} character(s) that are not UTF-8 replaced by U+FFFD"

@@ -76,7 +76,7 @@ def convert(name: str, content: bytes, pattern: str | None) -> str:
 
     ranks = _ranks(name, content)
     chosen = pattern or _pattern(name, len(ranks))
-    letters = _letters()
+    letters = byte_letters()
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     pairs = merges((tuple(token[at : at + 1] for at in range(len(token))) for token in ranks if len(token) > 1), ranks)
     special = _SPECIAL.get((chosen, len(ranks))) or {_END: _lowest_free(ranks)}
@@ -135,7 +135,7 @@ def _lowest_free(ranks: dict[bytes, int]) -> int:
     return next(number for number in range(len(used) + 1) if number not in used)
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character that stands for each byte in byte-level BPE: itself where it can be seen, else one from 256 on."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -12,8 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmscale.data import sentencepiece_model, tiktoken_file
-from llmscale.errors import DataError, UsageError
+from llmscale.data.durable import temporary, write_whole
+from llmscale.data.tiktoken_file import byte_letters
+from llmscale.errors import DataError, UsageError, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -187,15 +188,53 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] =
     return str(tokenizer.to_str(pretty=True))
 
 
+def check_special(tokens: Sequence[str]) -> None:
+    """Make sure that no text gives these tokens.
+
+    A spelling that the merges can arrive at is one token with what they make: a text with it would give the special id.
+
+    Raises:
+        UsageError: one is empty, or a word.
+    """
+    for token in tokens:
+        if not token:
+            raise UsageError("--special-token '': is empty; give it a name, such as <|name|>")
+        if _is_word(token):
+            raise UsageError(
+                f"--special-token {shown(token)!r}: is a word that text may hold; use one that text is cut in, such as "
+                f"<|{shown(token)}|>"
+            )
+
+
+def _is_word(token: str) -> bool:
+    """Whether merges may arrive at this spelling: all its letters stand for bytes, and text is not cut between them."""
+    from tokenizers import pre_tokenizers
+
+    letters = byte_letters()
+    if not set(token) <= set(letters):
+        return False
+    text = bytes(map(letters.index, token)).decode(errors="replace")
+    return len(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)) == 1
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that `write` will find its place.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    _written(path, lambda: temporary(path).open("wb").close())
+    temporary(path).unlink()
+
+
 def write(text: str, path: Path) -> None:
     """Write a tokenizer.json whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    _written(path, lambda: write_whole(path, text.encode()))
+
+
+def _written(path: Path, call: Callable[[], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        call()
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}; name another --output") from None
+        raise DataError(f"{shown(path)}: cannot be written: {error.strerror}; name another --output") from None

@@ -10,7 +10,7 @@ import sentencepiece
 from click.testing import CliRunner, Result
 
 from llmscale.cli.data import command
-from llmscale.data.tokenizer import Tokenizer
+from llmscale.data.tokenizer import Tokenizer, check_special
 from llmscale.errors import LlmscaleError, UsageError
 
 
@@ -67,6 +67,39 @@ def test_results_are_json_where_asked(corpus: Path, tmp_path: Path) -> None:
     assert [Path(split["folder"]).name for split in splits] == ["train", "validation"]
     assert len(splits[0]["examples"]) == 1
     assert json.loads(done("verify", output, "--json"))["whole"] is True
+
+
+def test_the_tokenizer_says_what_it_left_out_and_replaces_only_what_it_is_told_to(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "binary.dat").write_bytes(bytes(100))
+    (corpus / "latin.txt").write_bytes("überall".encode("latin-1"))
+    words = ["tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "tok.json"]
+    said = done(*words)
+    assert "1 binary file(s) left out, which hold NUL bytes: " in said and "binary.dat" in said
+    assert "1 character(s) that are not UTF-8 replaced" in said
+    refused = run(*words).exception
+    assert isinstance(refused, UsageError) and "tok.json: is there; name another file, or replace it" in str(refused)
+    assert json.loads(done(*words, "--overwrite", "--json"))["replaced_characters"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "tok.json"]
+
+
+@pytest.mark.parametrize("token", ["", "a", "the", "Ġthe", "###"])
+def test_a_special_token_that_text_gives_is_refused(token: str, corpus: Path, tmp_path: Path) -> None:
+    result = run(
+        "tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "k", "--special-token", token
+    )
+    assert isinstance(result.exception, UsageError)
+    assert "is empty" in str(result.exception) or "is a word that text may hold; use one" in str(result.exception)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_not_trained(corpus: Path, tokenizer_json: Path) -> None:
+    (corpus / "z.jsonl").write_text("read")
+    result = run("tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tokenizer_json / "k")
+    assert "cannot be written" in str(result.exception)
+
+
+@pytest.mark.parametrize("token", ["<x>", "[PAD]", "<|im_start|>", "</s>", "two words", "<｜end｜>"])
+def test_a_special_token_that_no_text_gives_is_taken(token: str) -> None:
+    check_special([token])
 
 
 def test_a_build_that_was_stopped_goes_on_and_copies_are_left_out(

@@ -16,7 +16,7 @@ from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from llmscale.data import tokenizer as tokenizers
-from llmscale.data.tiktoken_file import _LLAMA3, PATTERNS, _letters
+from llmscale.data.tiktoken_file import _LLAMA3, PATTERNS, byte_letters
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
@@ -61,7 +61,7 @@ def ranks() -> dict[bytes, int]:
 
     rows = [f"The stream's {n % 17} tokens, I'LL say; über größe 日本語 {n * 977}!\n\n\t  // Rank" for n in range(500)]
     library = Library.from_str(tokenizers.train(rows, 700))
-    byte = {letter: number for number, letter in enumerate(_letters())}
+    byte = {letter: number for number, letter in enumerate(byte_letters())}
     words = sorted((number, word) for word, number in library.get_vocab().items() if number)
     return {bytes(byte[letter] for letter in word): number - 1 for number, word in words}
 
