@@ -39,7 +39,8 @@ PIECE_BYTES = 1 << 20
 _PROBE_BYTES = 8192
 _NAMED = 5
 _ROWS = 256
-"""Of a parquet file, in memory at a time; a row group of any size is read in such steps."""
+_ROWS_BYTES = 16 << 20
+"""Of a parquet file, in memory at a time: so many rows, fewer where they are long (by the mean of their row group)."""
 EXTRA = "pip install 'llmscale[data]'"
 
 
@@ -223,13 +224,22 @@ def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
         if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
             raise DataError(f"{name}: the column {text_key!r} holds {kind}, not text; name another with --text-key")
         number = 0
-        for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
-            # Strings need not be UTF-8, whatever the file says; bytes are what a text file has too.
-            for value in batch.column(0).cast(kind).cast(arrow.large_binary()):
-                number += 1
-                yield from _whole(f"{name}: row {number}", value.as_py() or b"")
+        for group in range(table.num_row_groups):
+            rows = _rows_at_once(table.metadata.row_group(group), text_key)
+            for batch in table.iter_batches(batch_size=rows, columns=[text_key], row_groups=[group]):
+                # Strings need not be UTF-8, whatever the file says; bytes are what a text file has too.
+                for value in batch.column(0).cast(kind).cast(arrow.large_binary()):
+                    number += 1
+                    yield from _whole(f"{name}: row {number}", value.as_py() or b"")
     except arrow.ArrowException as error:
         raise DataError(f"{name}: not a sound parquet file ({error}); mend it or leave it out of --input") from None
+
+
+def _rows_at_once(group: Any, text_key: str) -> int:
+    """How many rows of a row group are held in memory at a time."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    size: int = next((column.total_uncompressed_size for column in columns if column.path_in_schema == text_key), 0)
+    return max(1, min(_ROWS, _ROWS_BYTES * max(group.num_rows, 1) // max(size, 1)))
 
 
 def _tar(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:

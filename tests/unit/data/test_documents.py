@@ -119,6 +119,25 @@ def test_a_byte_order_mark_is_no_text_in_any_format(tmp_path: Path) -> None:
     assert list(documents.texts("\ufeffone".encode())) == [("one", False)]
 
 
+def test_long_rows_of_parquet_are_held_by_the_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
+
+    asked = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def noted(self: object, batch_size: int, **options: object) -> object:
+        asked.append(batch_size)
+        return iter_batches(self, batch_size, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted)
+    monkeypatch.setattr("llmscale.data.documents._ROWS_BYTES", 1 << 20)
+    rows = [f"{number} " * 20_000 for number in range(40)] + ["short"] * 40 + ["x" * (2 << 20)] * 40
+    parquet.write_table(pyarrow.table({"id": range(120), "text": rows}), tmp_path / "a.parquet", row_group_size=40,
+                        use_dictionary=False)  # fmt: skip
+    assert texts(tmp_path / "a.parquet") == rows
+    assert (5 < asked[0] < 30, asked[1:]) == (True, [256, 1])
+
+
 def compressed(name: str, data: bytes) -> bytes:
     if name.endswith((".gz", ".tgz")):
         return gzip.compress(data)

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from llmscale.data.documents import Part
+from llmscale.data.encode import Encoder, Job, Position, in_order
+from llmscale.data.tokenizer import Tokenizer
+
 
 @pytest.fixture
 def waiting(tokenizer_json: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
@@ -57,3 +61,20 @@ def test_a_build_that_is_interrupted_says_that_it_can_go_on(waiting: subprocess.
     assert said.split("\n")[-2:] == ["interrupted; what was built is kept: the same command goes on", ""]
     assert "Traceback" not in said
     assert waiting.returncode == 130
+
+
+def test_large_jobs_wait_until_those_before_are_done(tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmscale.data.encode._BYTES_A_WORKER", 1000)
+    taken = 0
+
+    def packs() -> Iterator[Job]:
+        nonlocal taken
+        for _ in range(8):
+            taken += 1
+            yield Job((Part("here", "text", b"the stream" * 300),), Position())
+
+    seen = []
+    for encoded, _ in in_order(Encoder(Tokenizer(tokenizer_json), "text"), packs(), 2):
+        seen.append(taken)
+        assert len(encoded.lengths) == 1
+    assert seen == [2, 3, 4, 5, 6, 7, 8, 8]
