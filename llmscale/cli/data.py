@@ -68,7 +68,9 @@ def train_tokenizer(
         raise UsageError(f"--output {output}: is there; name another file, or replace it with --overwrite")
     tokenizer.check_special(special_tokens)
     tokenizer.check_writable(output)
-    reader = documents.Reader(find((*inputs, *more), suffixes), text_key)
+    links: list[str] = []
+    files = find((*inputs, *more), suffixes, links)
+    reader = documents.Reader(files, text_key, documents.Seen().and_links(links))
     progress = Progress(reader.total_bytes)
     replaced = 0
 
@@ -122,6 +124,8 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
     from llmscale.data.text_shards import TextSplit, is_text
 
     if is_text(place):
+        if plot:
+            raise UsageError(f"--plot {plot}: {place} describes text, whose tokens nobody has counted; leave it away")
         described = TextSplit(place)
         if as_json:
             click.echo(json.dumps([{"folder": place, **described.card.model_dump()}]))

@@ -108,9 +108,12 @@ def in_units(count: int) -> str:
 
 def seen_lines(seen: Seen, replaced: int) -> Iterator[str]:
     """What was read in another way than the user may expect, or left out."""
-    if seen.binary_files:
-        names = ", ".join(seen.binary_names) + (", …" if seen.binary_files > len(seen.binary_names) else "")
-        yield f"  {seen.binary_files:,} binary file(s) left out, which hold NUL bytes: {names}"
+    for count, names, what in (
+        (seen.binary_files, seen.binary_names, "binary file(s) left out, which hold NUL bytes"),
+        (seen.links, seen.link_names, "link(s) not followed, which lead to a folder or to nothing"),
+    ):
+        if count:
+            yield f"  {count:,} {what}: {', '.join(names)}{', …' if count > len(names) else ''}"
     if seen.json_of_lines:
         yield f"  {seen.json_of_lines:,} .json file(s) read as .jsonl: their first line is an object with the text"
     if seen.json_as_text:

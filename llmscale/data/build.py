@@ -53,7 +53,7 @@ class Summary:
     splits: dict[str, Card]
     files: int
     seen: Seen
-    """Binary files, which are left out, and files whose kind had to be guessed."""
+    """Binary files and links, which are left out, and files whose kind had to be guessed."""
     empty_documents: int
     """Left out: nothing but white space."""
     replaced_characters: int
@@ -105,7 +105,8 @@ def build(
         UsageError: there are fewer files than parts; output or an unfinished build there is not for this one.
         DataError: the input is at fault, or nothing can be written. KeyboardInterrupt: with what is kept.
     """
-    files = find(inputs, suffixes)
+    links: list[str] = []
+    files = find(inputs, suffixes, links)
     if part is not None:
         number, count = part
         if len(files) < count:
@@ -158,7 +159,7 @@ def build(
         option, where = ("--output", output) if place.local else ("--staging", place.staging)
         raise DataError(_unwritten(shown(where), option, error, state)) from None
     return Summary(
-        str(output), cards, len(files), run.position.seen, run.state.empty, run.state.replaced,
+        str(output), cards, len(files), run.position.seen.and_links(links), run.state.empty, run.state.replaced,
         run.state.exact_removed, run.state.near_removed, run.state.skipped, resumed,
     )  # fmt: skip
 

@@ -86,11 +86,19 @@ class Seen(BaseModel):
     """.json files that were read a line at a time."""
     json_as_text: int = 0
     """.json files that were read as text, each one document."""
+    links: int = 0
+    """Links to folders, and links to nothing, that were not followed inside folders."""
+    link_names: tuple[str, ...] = ()
+    """Of the first few."""
 
     def and_binary(self, name: str) -> Seen:
         """With one more binary file."""
         names = (*self.binary_names, name)[:_NAMED]
         return self.model_copy(update={"binary_files": self.binary_files + 1, "binary_names": names})
+
+    def and_links(self, names: Sequence[str]) -> Seen:
+        """With these links."""
+        return self.model_copy(update={"links": len(names), "link_names": tuple(map(shown, names[:_NAMED]))})
 
     def and_json(self, of_lines: bool) -> Seen:
         """With one more .json file."""
@@ -238,8 +246,8 @@ def _rows(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:
 def _rows_at_once(group: Any, text_key: str) -> int:
     """How many rows of a row group are held in memory at a time."""
     columns = (group.column(number) for number in range(group.num_columns))
-    size: int = next((column.total_uncompressed_size for column in columns if column.path_in_schema == text_key), 0)
-    return max(1, min(_ROWS, _ROWS_BYTES * max(group.num_rows, 1) // max(size, 1)))
+    size = sum(int(column.total_uncompressed_size) for column in columns if column.path_in_schema == text_key)
+    return max(1, min(_ROWS, _ROWS_BYTES * int(group.num_rows) // max(size, 1)))
 
 
 def _tar(name: str, file: BinaryIO, text_key: str) -> Iterator[Part]:

@@ -55,6 +55,8 @@ class Position(BaseModel):
     """Files that are done."""
     parts: int = 0
     """Of the next file."""
+    name: str = ""
+    """Of that file, where any are done."""
     parts_crc32: int = 0
     files_sha256: str = ""
     """Of the names, sizes and times of the files that are done, one after another."""
@@ -168,8 +170,8 @@ def jobs(files: Sequence[InputFile], text_key: str, start: Position) -> Iterator
                 yield Job(
                     tuple(pack),
                     Position(
-                        file=number, parts=parts, parts_crc32=crc32, files_sha256=sha256, bytes_before=bytes_before,
-                        bytes_read=bytes_before + reader.bytes_read, seen=seen,
+                        file=number, parts=parts, name=files[number].shown, parts_crc32=crc32, files_sha256=sha256,
+                        bytes_before=bytes_before, bytes_read=bytes_before + reader.bytes_read, seen=seen,
                     ),
                 )  # fmt: skip
                 pack, size = [], 0
@@ -277,6 +279,12 @@ def _check_files(files: Sequence[InputFile], start: Position) -> None:
         sha256 = _stamp(sha256, file)
     if len(files) < start.file or sha256 != start.files_sha256:
         raise _changed(None)
+    there = files[start.file].shown if start.file < len(files) else "nothing"
+    if start.name not in ("", there):
+        raise UsageError(
+            f"--input: {there} stands where the unfinished build was reading {start.name}; a file has come or gone "
+            "before it: make --input what it was, or drop that build with --restart"
+        )
 
 
 def _stamp(before: str, file: InputFile) -> str:
@@ -288,6 +296,7 @@ def _stamp(before: str, file: InputFile) -> str:
 
 def _changed(file: InputFile | None) -> UsageError:
     what = file.shown if file else "--input: a file"
+    moved = "" if file else ", or one has come or gone before it"
     return UsageError(
-        f"{what} has changed that the unfinished build had read; put it back, or drop that build with --restart"
+        f"{what} has changed that the unfinished build had read{moved}; put it back, or drop that build with --restart"
     )

@@ -1,7 +1,8 @@
 """What a user names as input: files, folders, globs and URLs, each file once and in an order that does not change.
 
-Inside a folder or glob files come sorted by path; hidden files and folders and __pycache__ are left out there. A URL is
-any that fsspec knows (s3://, gs://, https://, hf://, file://): a file, a glob, or a folder where the store can list.
+Inside a folder or glob files come sorted by path; hidden files and folders and __pycache__ are left out there, and
+links to folders are not followed. A URL is any that fsspec knows (s3://, gs://, https://, hf://, file://): a file, a
+glob, or a folder where the store can list.
 Credentials and endpoints are those of fsspec and of the service's own tools (AWS_PROFILE, AWS_ENDPOINT_URL, HF_TOKEN).
 """
 
@@ -74,15 +75,17 @@ def is_url(name: str) -> bool:
     return "://" in name and not name.startswith(_LOCAL)
 
 
-def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]:
+def find(inputs: Sequence[str], suffixes: Sequence[str] = (), links: list[str] | None = None) -> list[InputFile]:
     """The files that the inputs name. suffixes: keep only these from folders.
+
+    links: gets the names of links inside folders that are not followed: to other folders, and to nothing.
 
     Raises:
         UsageError: an input names no file. DataError: a store or a folder cannot be listed.
     """
     found: dict[str, InputFile] = {}
     for name in inputs:
-        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes)
+        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes, links)
         for key, file in files:
             found.setdefault(key, file)
     return list(found.values())
@@ -99,9 +102,9 @@ def _path(name: str) -> str:
     return unquote(name.partition("://")[2]) if name.startswith(_LOCAL) else name
 
 
-def _local(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile]]:
+def _local(name: str, suffixes: Sequence[str], links: list[str] | None) -> Iterator[tuple[str, InputFile]]:
     matches = [name] if os.path.exists(name) else sorted(filter(os.path.exists, glob.glob(name, recursive=True)))
-    paths = [path for match in matches for path in _walk(Path(match), suffixes)]
+    paths = [path for match in matches for path in _walk(Path(match), suffixes, links)]
     if not paths:
         raise _nothing(name, suffixes, bool(matches))
     for path in paths:
@@ -112,14 +115,18 @@ def _local(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile]
         yield str(path.resolve()), InputFile(str(path), status.st_size, str(status.st_mtime_ns))
 
 
-def _walk(path: Path, suffixes: Sequence[str]) -> list[Path]:
+def _walk(path: Path, suffixes: Sequence[str], links: list[str] | None) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = []
     for folder, folders, names in os.walk(path, onerror=_refuse):
         folders[:] = [name for name in folders if not _hidden(name)]
         kept = (name for name in names if _wanted(name, suffixes))
-        found += [file for name in kept if (file := Path(folder, name)).is_file()]
+        files = [Path(folder, name) for name in kept]
+        found += [file for file in files if file.is_file()]
+        if links is not None:
+            left = [*(Path(folder, name) for name in folders), *(file for file in files if not file.exists())]
+            links += sorted(str(link) for link in left if link.is_symlink())
     return sorted(found)
 
 

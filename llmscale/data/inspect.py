@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmscale.data.cache import Cache
-from llmscale.data.durable import partial
+from llmscale.data.durable import write_whole
 from llmscale.data.shards import Card
 from llmscale.data.split import Split, splits
 from llmscale.data.store import is_remote
@@ -86,8 +87,8 @@ def plot_histogram(found: Sequence[Description], output: Path) -> None:
         figures[-1].set_xlabel("tokens of a document, its end included")
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(partial(output), format="png")
-            partial(output).replace(output)
+            figure.savefig(picture := io.BytesIO(), format="png")
+            write_whole(output, picture.getvalue())
         except OSError as error:
             raise DataError(f"{output}: cannot be written: {error.strerror}; name another --plot") from None
 

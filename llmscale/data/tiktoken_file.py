@@ -1,7 +1,7 @@
 """tiktoken's files of BPE ranks (`*.tiktoken`, Llama 3's tokenizer.model) as the text of a tokenizer.json.
 
 A line is a token in base64 and its rank, which is its id. How text is cut into words before the merges is not in the
-file; it is one of PATTERNS, by the file's name or by --pattern:
+file; it is one of PATTERNS, by the file's name or by --pattern, or a regular expression given there (Oniguruma's):
 
     gpt2      r50k_base, p50k_base and GPT-2
     cl100k    cl100k_base
@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from typing import Any
 
 from llmscale.data.merges import merges
 from llmscale.errors import DataError, UsageError
@@ -72,7 +73,7 @@ def convert(name: str, content: bytes, pattern: str | None) -> str:
         UsageError: the pattern is neither given nor known by the file's name. DataError: the file is damaged.
     """
     import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     ranks = _ranks(name, content)
     chosen = pattern or _pattern(name, len(ranks))
@@ -89,7 +90,7 @@ def convert(name: str, content: bytes, pattern: str | None) -> str:
     )
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERNS[chosen]), "isolated"),
+            pre_tokenizers.Split(_expression(chosen), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -117,6 +118,18 @@ def _ranks(name: str, content: bytes) -> dict[bytes, int]:
         raise DataError(f"{name}: has no token for {len(missing)} of the 256 bytes, the first {missing[0]:#04x}; "
                         "copy the file again")  # fmt: skip
     return ranks
+
+
+def _expression(pattern: str) -> Any:
+    """The library's expression of a name or of a regular expression."""
+    from tokenizers import Regex
+
+    if pattern not in PATTERNS and re.fullmatch(r"[\w-]*", pattern):
+        raise UsageError(f"--pattern {pattern}: there are {', '.join(PATTERNS)}; name one, or give an expression")
+    try:
+        return Regex(PATTERNS.get(pattern, pattern))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"--pattern {pattern}: no regular expression of Oniguruma's ({error}); mend it") from None
 
 
 def _pattern(name: str, count: int) -> str:

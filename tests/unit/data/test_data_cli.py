@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -230,3 +232,14 @@ def test_a_tokenizer_that_tells_not_enough_is_refused_before_anything_is_read(co
     assert isinstance(result.exception, UsageError)
     assert "say so with --pattern gpt2 or cl100k or llama3 or o200k" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_what_has_no_lengths_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"text"))
+    done("describe", "--input", tmp_path / "a.tar", "--tokenizer", tokenizer_json, "--output", tmp_path / "text")
+    result = run("inspect", tmp_path / "text", "--plot", tmp_path / "x.png")
+    assert isinstance(result.exception, UsageError)
+    assert "x.png: " in str(result.exception) and "describes text" in str(result.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -174,6 +175,37 @@ def test_what_was_read_must_not_have_changed(corpus: Path, tokenizer_json: Path,
     summary = build(inputs, tokenizer_json, out, shard_bytes=4096, restart=True)
     assert summary.resumed_documents == 0
     assert verify(out) == []
+
+
+def test_a_file_that_came_before_the_one_being_read_is_not_called_a_change_of_it(
+    tokenizer_json: Path, tmp_path: Path, small: None
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    good = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
+    (folder / "b.jsonl").write_text(good + "bad\n")
+    with pytest.raises(DataError, match="what was built is kept"):
+        build([str(folder)], tokenizer_json, out, shard_bytes=4096)
+    (folder / "a.txt").write_text("new")
+    with pytest.raises(
+        UsageError, match=r"in/a\.txt stands where the unfinished build was reading .*in/b\.jsonl; a file"
+    ):
+        build([str(folder)], tokenizer_json, out, shard_bytes=4096)
+    (folder / "a.txt").unlink()
+    (folder / "b.jsonl").write_text(good)
+    assert build([str(folder)], tokenizer_json, out, shard_bytes=4096).resumed_documents
+
+
+def test_a_lock_that_was_let_go_in_the_same_moment_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.flock
+
+    def flock(file: io.TextIOBase, how: int) -> None:
+        next(tmp_path.glob(".*")).unlink()  # by a build that ends just now; a third one may make the file anew
+        real(file.fileno(), how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="another build is writing it"), journal.held(tmp_path / "out.partial", "out"):
+        pass
 
 
 def test_other_options_are_refused_and_the_unfinished_build_stays(

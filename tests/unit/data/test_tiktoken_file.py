@@ -218,3 +218,15 @@ def test_damaged_files_are_refused_with_their_line(
 def test_a_pattern_is_for_tiktoken_files_alone(tokenizer_json: Path) -> None:
     with pytest.raises(UsageError, match=r"--pattern gpt2: is for tiktoken files, which .*\.json is not"):
         Tokenizer(tokenizer_json, pattern="gpt2")
+
+
+def test_a_pattern_may_be_an_expression(tmp_path: Path) -> None:
+    path = tmp_path / "own.tiktoken"
+    tokens = [bytes([byte]) for byte in range(256)] + [b"12", b"ab"]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    assert Tokenizer(path, pattern="gpt2").encode("ab12").tolist() == [257, 256]
+    assert Tokenizer(path, pattern=r"\p{N}|\p{L}+").encode("ab12").tolist() == [257, 0x31, 0x32]
+    with pytest.raises(UsageError, match=r"--pattern cl100: there are gpt2, cl100k, llama3, o200k; name one, or give"):
+        Tokenizer(path, pattern="cl100")
+    with pytest.raises(UsageError, match=r"--pattern \(: no regular expression of Oniguruma's"):
+        Tokenizer(path, pattern="(")
