@@ -69,7 +69,7 @@ def write_split(tmp_path: Path) -> WriteSplit:
 
     def write(
         name: str, lengths: Sequence[int], sample_tokens: int = 64, shard_samples: int = 3, first: int = 1,
-        dtype: str = "uint32", vocab_size: int = 1 << 20, tokenizer: bytes | None = None,
+        dtype: str = "uint32", vocab_size: int = 1 << 20, tokenizer: bytes = b"{}",
     ) -> Path:  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
@@ -77,7 +77,7 @@ def write_split(tmp_path: Path) -> WriteSplit:
         for length in lengths:
             writer.add(np.arange(first, first + length, dtype=dtype), True, True)
             first += length
-        writer.finish(tokenizer_of(vocab_size) if tokenizer is None else tokenizer, vocab_size)
+        writer.finish(tokenizer, vocab_size)
         return folder
 
     return write

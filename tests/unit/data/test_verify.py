@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,16 @@ import pytest
 from llmscale.data.split import Split
 from llmscale.data.verify import verify
 
-from .conftest import WriteSplit
+from .conftest import WriteSplit, tokenizer_of
 
 LENGTHS = [(number * 7) % 50 for number in range(80)]
 SHARD = "shard-00001.tar"
+
+
+@pytest.fixture
+def write_split(write_split: WriteSplit) -> WriteSplit:
+    """Writes splits with a tokenizer.json that is true."""
+    return partial(write_split, tokenizer=tokenizer_of(1 << 20))
 
 
 def test_a_whole_split_has_no_problems(write_split: WriteSplit) -> None:
