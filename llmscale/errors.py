@@ -79,3 +79,8 @@ class TrainingError(LlmscaleError):
 
 class ConversionError(LlmscaleError):
     """A model cannot be brought from one format into the other, or did not come out equal."""
+
+
+def shown(name: object) -> str:
+    """A name for a message, on one line and in any encoding: what cannot be printed is escaped."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(name))

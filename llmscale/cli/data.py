@@ -1,22 +1,21 @@
-"""`llmscale data`: tokenizer, build, inspect, verify. Thin: read the options, call `llmscale.data`, print."""
+"""`llmscale data`: tokenizer, inspect, verify, describe. Thin: read the options, call `llmscale.data`, print."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from llmscale.cli import data_options as options
-from llmscale.cli.progress import display
+from llmscale.cli.data_build import build
+from llmscale.cli.progress import display, in_units, seen_lines
 from llmscale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from llmscale.data.build import Progress, Summary
+    from llmscale.data.build import Progress
     from llmscale.data.text_shards import TextCard, TextSplit
 
 
@@ -25,16 +24,20 @@ def command() -> None:
     """Train a tokenizer, build token shards, look into them, check them."""
 
 
+command.add_command(build)
+
+
 @command.command("tokenizer")
 @options.inputs
 @options.more
 @options.suffixes
 @options.text_key
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), required=True, help="Number of token ids, special ones included."
+    "--vocab-size", type=click.IntRange(1, 1 << 24), required=True, help="Number of token ids, special ones included."
 )
 @click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file that --output names.")
 @options.as_json
 def train_tokenizer(
     inputs: Sequence[str],
@@ -44,6 +47,7 @@ def train_tokenizer(
     vocab_size: int,
     special_tokens: Sequence[str],
     output: Path,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Train a byte-level BPE tokenizer on text.
@@ -60,12 +64,21 @@ def train_tokenizer(
 
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file such as {output / 'tokenizer.json'}")
-    reader = documents.Reader(find((*inputs, *more), suffixes), text_key)
+    if output.exists() and not overwrite:
+        raise UsageError(f"--output {output}: is there; name another file, or replace it with --overwrite")
+    tokenizer.check_special(special_tokens)
+    tokenizer.check_writable(output)
+    links: list[str] = []
+    files = find((*inputs, *more), suffixes, links)
+    reader = documents.Reader(files, text_key, documents.Seen().and_links(links))
     progress = Progress(reader.total_bytes)
+    replaced = 0
 
     def texts(report: Callable[[Progress], None]) -> Iterator[str]:
+        nonlocal replaced
         for part in reader:
             for piece in documents.pieces(part, text_key):
+                replaced += piece.replaced
                 progress.bytes_read = reader.bytes_read
                 progress.documents += piece.last
                 report(progress)
@@ -81,119 +94,20 @@ def train_tokenizer(
         "special_tokens": list(dict.fromkeys(specials)),
         "documents": progress.documents,
         "bytes": reader.total_bytes,
+        "replaced_characters": replaced,
+        **reader.seen.model_dump(),
     }
     if as_json:
         click.echo(json.dumps(result))
     else:
-        click.echo(
-            f"{output}: {vocab_size:,} tokens, from {progress.documents:,} documents of {_bytes(reader.total_bytes)}"
-        )
-
-
-@command.command("build")
-@options.inputs
-@options.more
-@options.suffixes
-@options.text_key
-@options.tokenizer
-@options.pattern
-@click.option(
-    "--output", required=True, metavar="FOLDER|URL", help="What to make, s3://… too; holds train/ and validation/."
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that tokenise; one a CPU when not given.")
-@click.option(
-    "--validation-fraction", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
-    help="Share of the documents, by their hash, that goes to validation/; 0 for none.",
-)  # fmt: skip
-@click.option(
-    "--shard-size", type=options.Size(), default="256M", show_default=True, help="Bytes of tokens in a shard."
-)
-@click.option(
-    "--end-of-document", metavar="TOKEN", help="Token that ends a document; <|endoftext|> or </s> when not given."
-)
-@click.option(
-    "--dedup",
-    type=click.Choice(["none", "exact", "near"]),
-    default="none",
-    show_default=True,
-    help="Leave out documents that equal an earlier one, or nearly do.",
-)
-@click.option(
-    "--near-threshold",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.8,
-    show_default=True,
-    help="With --dedup near: from which similarity of their runs of five words (Jaccard, estimated).",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the dataset that --output holds.")
-@click.option("--restart", is_flag=True, help="Drop an unfinished build instead of going on with it.")
-@click.option(
-    "--staging",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Where to work when --output is a URL; the system's folder for temporary files when not given.",
-)
-@options.part
-@options.as_json
-def build(
-    inputs: Sequence[str],
-    more: Sequence[str],
-    suffixes: Sequence[str],
-    text_key: str,
-    tokenizer: Path,
-    pattern: str | None,
-    output: str,
-    workers: int | None,
-    validation_fraction: float,
-    shard_size: int,
-    end_of_document: str | None,
-    dedup: str,
-    near_threshold: float,
-    overwrite: bool,
-    restart: bool,
-    staging: Path | None,
-    part: tuple[int, int] | None,
-    as_json: bool,
-) -> None:
-    """Turn text into token shards that `llmscale pretrain` streams.
-
-    Reads .jsonl (a line is a document), .parquet (a row), webdataset .tar (a sample) and text files of any other kind
-    (a file), .gz and .zst of them too, here or wherever fsspec can read. The result is the same, byte for byte, for
-    any number of workers. Empty documents and binary files are left out, bytes that are not UTF-8 are replaced; all are
-    counted. A build that was killed goes on where it was, at the last finished shard, when the same command is given
-    again.
-
-    \b
-    Example:
-      llmscale data build --input corpus/ --suffix .txt --tokenizer tok.json --output data/corpus --dedup near
-    """
-    from llmscale.data.build import build as run
-
-    with display("tokenising") as report:
-        summary = run(
-            (*inputs, *more),
-            tokenizer,
-            output,
-            workers=workers or _cpus(),
-            validation_fraction=validation_fraction,
-            shard_bytes=shard_size,
-            suffixes=suffixes,
-            text_key=text_key,
-            end_of_document=end_of_document,
-            pattern=pattern,
-            dedup=dedup,
-            near_threshold=near_threshold,
-            overwrite=overwrite,
-            restart=restart,
-            staging=staging,
-            part=part,
-            report=report,
-        )
-    click.echo(json.dumps(_summary(summary)) if as_json else "\n".join(_summary_lines(summary)))
+        size = in_units(reader.total_bytes)
+        click.echo(f"{output}: {vocab_size:,} tokens, from {progress.documents:,} documents of {size}")
+        for line in seen_lines(reader.seen, replaced):
+            click.echo(line)
 
 
 @command.command("inspect")
-@click.argument("place", metavar="FOLDER|URL")
+@click.argument("place", metavar="FOLDER|PATTERN|URL")
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
@@ -210,6 +124,8 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
     from llmscale.data.text_shards import TextSplit, is_text
 
     if is_text(place):
+        if plot:
+            raise UsageError(f"--plot {plot}: {place} describes text, whose tokens nobody has counted; leave it away")
         described = TextSplit(place)
         if as_json:
             click.echo(json.dumps([{"folder": place, **described.card.model_dump()}]))
@@ -234,7 +150,7 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
             f"  {card.documents:,} documents, {card.tokens:,} tokens ({card.dtype}, vocabulary {card.vocab_size:,})"
         )
         click.echo(
-            f"  {card.shards:,} shard(s), {card.samples:,} sample(s) of {card.sample_tokens:,}, {_bytes(card.bytes)}"
+            f"  {card.shards:,} shard(s), {card.samples:,} sample(s) of {card.sample_tokens:,}, {in_units(card.bytes)}"
         )
         click.echo(f"  tokenizer {card.tokenizer_sha256[:16]}, end of document {card.end_of_document}")
         click.echo(
@@ -248,7 +164,7 @@ def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> Non
 
 
 @command.command("verify")
-@click.argument("place", metavar="FOLDER|URL")
+@click.argument("place", metavar="FOLDER|PATTERN|URL")
 @options.as_json
 @click.pass_context
 def verify(context: click.Context, place: str, as_json: bool) -> None:
@@ -276,7 +192,7 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
         context.exit(1 if problems else 0)
     if problems:
         raise DataError("\n".join(problems))
-    click.echo(f"{place}: whole, {_bytes(checked)} checked")
+    click.echo(f"{place}: whole, {in_units(checked)} checked")
 
 
 @command.command("describe")
@@ -348,46 +264,6 @@ def _first(described: TextSplit, documents: int) -> list[str]:
 
 def _described(place: str, card: TextCard) -> str:
     return (
-        f"{place}: text, {card.documents:,} documents in {card.shards:,} shard(s), {_bytes(card.bytes)}, "
+        f"{place}: text, {card.documents:,} documents in {card.shards:,} shard(s), {in_units(card.bytes)}, "
         f"read in {card.streams} logical stream(s)"
     )
-
-
-def _cpus() -> int:
-    """The CPUs that this process may use, where the system can say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _summary(summary: Summary) -> dict[str, Any]:
-    result = asdict(summary)
-    result["splits"] = {name: card.model_dump() for name, card in summary.splits.items()}
-    return result
-
-
-def _summary_lines(summary: Summary) -> Iterator[str]:
-    yield f"{summary.output}: {summary.files:,} file(s) read"
-    for name, card in summary.splits.items():
-        size = f"{card.shards:,} shard(s), {_bytes(card.bytes)}"
-        yield f"  {name}: {card.documents:,} documents, {card.tokens:,} tokens, {size}"
-    if "validation" in summary.splits and not summary.splits["validation"].documents:
-        yield "  no document fell into validation: raise --validation-fraction to have some"
-    if summary.resumed_documents:
-        yield f"  {summary.resumed_documents:,} document(s) were there from the build that was gone on with"
-    if summary.exact_duplicates or summary.near_duplicates:
-        yield f"  {summary.exact_duplicates:,} exact and {summary.near_duplicates:,} near duplicate(s) left out"
-    if summary.binary_files:
-        yield f"  {summary.binary_files:,} binary file(s) left out: they hold NUL bytes"
-    if summary.empty_documents:
-        yield f"  {summary.empty_documents:,} empty document(s) left out"
-    if summary.replaced_characters:
-        yield f"  {summary.replaced_characters:,} character(s) that are not UTF-8 replaced by U+FFFD"
-
-
-def _bytes(count: int) -> str:
-    """A number of bytes for people: 1.5 MiB."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

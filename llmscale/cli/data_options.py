@@ -59,8 +59,8 @@ tokenizer = click.option(
     help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",
 )  # fmt: skip
 pattern = click.option(
-    "--pattern", type=click.Choice(list(PATTERNS)),
-    help="How a tiktoken file's text is cut into words; by its name when not given.",
+    "--pattern", metavar="NAME|REGEX",
+    help=f"How a tiktoken file's text is cut into words ({', '.join(PATTERNS)}); by its name when not given.",
 )  # fmt: skip
 part = click.option(
     "--part", type=Part(), metavar="NUMBER/COUNT", help="Build only that share of the files, into OUTPUT/part-NUMBER."

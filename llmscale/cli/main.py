@@ -101,5 +101,7 @@ def _run(arguments: list[str] | None) -> int:
         # click says Abort for an interrupt and for an EOFError alike; the latter is an error that must be seen.
         if isinstance(abort.__cause__, EOFError):
             raise abort.__cause__ from None
+        if isinstance(abort.__cause__, KeyboardInterrupt) and str(abort.__cause__):
+            click.echo(f"interrupted; {abort.__cause__}", err=True)
         return INTERRUPTED
     return code if isinstance(code, int) else 0

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from llmscale.data.build import Progress
+    from llmscale.data.documents import Seen
 
 _LINE_SECONDS = 10.0
 
@@ -93,3 +94,29 @@ def _short(count: float) -> str:
             return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
         count /= 1000
     return f"{count:.1f}T"
+
+
+def in_units(count: int) -> str:
+    """A number of bytes for people: 1.5 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def seen_lines(seen: Seen, replaced: int) -> Iterator[str]:
+    """What was read in another way than the user may expect, or left out."""
+    for count, names, what in (
+        (seen.binary_files, seen.binary_names, "binary file(s) left out, which hold NUL bytes"),
+        (seen.links, seen.link_names, "link(s) not followed, which lead to a folder or to nothing"),
+    ):
+        if count:
+            yield f"  {count:,} {what}: {', '.join(names)}{', …' if count > len(names) else ''}"
+    if seen.json_of_lines:
+        yield f"  {seen.json_of_lines:,} .json file(s) read as .jsonl: their first line is an object with the text"
+    if seen.json_as_text:
+        yield f"  {seen.json_as_text:,} .json file(s) read as text, each one document: no object with --text-key a line"
+    if replaced:
+        yield f"  {replaced:,} character(s) that are not UTF-8 replaced by U+FFFD"

@@ -2,34 +2,37 @@
 
 The shards are the same bytes for any number of workers (`encode.py`), and whether or not the build was killed on the
 way: it works in OUTPUT.partial, notes at every finished shard all that it takes to go on (`journal.py`), and goes on
-when it is started again with the same options. A document goes to the validation split when the hash of its text (of
-its first MiB, where it is longer) falls below the fraction: copies of a document always land on the same side.
+when it is started again with the same options. A document goes to the validation split when the hash of its text
+(without white space around it; of the first 256 KiB, where it is longer than a MiB) falls below the fraction: copies
+of a document always land on the same side.
 """
 
 from __future__ import annotations
 
-import tempfile
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from llmscale.data import journal
-from llmscale.data.dedup import PERMUTATIONS, SHINGLE_WORDS, Deduplicator, Minima
+from llmscale.data.dedup import PERMUTATIONS, SHINGLE_WORDS, Deduplicator
 from llmscale.data.destination import Destination, destination
-from llmscale.data.encode import Encoded, Encoder, Position, digest, in_order, jobs
+from llmscale.data.documents import BadRecord, Seen
+from llmscale.data.encode import Encoded, Encoder, Position, in_order, jobs
+from llmscale.data.held_document import HeldDocument
 from llmscale.data.inputs import find
 from llmscale.data.journal import DATASET, Journal
-from llmscale.data.shards import SAMPLE_TOKENS, Card, Deduplication, SplitWriter, Tokens, shard_name
+from llmscale.data.shards import SAMPLE_TOKENS, Card, Deduplication, SplitWriter, shard_name
+from llmscale.data.skipped import Skipped
 from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 TRAIN, VALIDATION = "train", "validation"
 _MIN_SAMPLE_TOKENS = 1024
-_HELD_BYTES = 64 << 20
+_KEPT = "what was built is kept: the same command goes on"
 
 
 @dataclass
@@ -49,8 +52,8 @@ class Summary:
     output: str
     splits: dict[str, Card]
     files: int
-    binary_files: int
-    """Left out: they hold NUL bytes."""
+    seen: Seen
+    """Binary files and links, which are left out, and files whose kind had to be guessed."""
     empty_documents: int
     """Left out: nothing but white space."""
     replaced_characters: int
@@ -58,8 +61,15 @@ class Summary:
     exact_duplicates: int
     """Left out: copies of an earlier document."""
     near_duplicates: int
+    skipped_records: int
+    """Passed over: they are no documents. OUTPUT/skipped.jsonl names them."""
     resumed_documents: int
     """Were there already, from a build that had not ended."""
+
+    @property
+    def binary_files(self) -> int:
+        """Left out: they hold NUL bytes."""
+        return self.seen.binary_files
 
 
 def build(
@@ -80,19 +90,23 @@ def build(
     restart: bool = False,
     staging: Path | None = None,
     part: tuple[int, int] | None = None,
+    max_skipped: int | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
     """Write OUTPUT/train and, where validation_fraction is above 0, OUTPUT/validation.
 
     The same inputs, tokenizer and options give the same bytes. tokenizer, end_of_document, pattern: as `Tokenizer` has
-    them. output: a folder or an fsspec URL. dedup: none, exact
-    or near. restart: begin anew where an unfinished build could be gone on with. part: (number from 0, how many), to
-    build only that share of the files, into OUTPUT/part-<number>. report: called now and then with how far it is.
+    them. output: a folder or an fsspec URL. dedup: none, exact or near. restart: begin anew where an unfinished build
+    could be gone on with. part: (number from 0, how many), to build only that share of the files, into
+    OUTPUT/part-<number>. max_skipped: how many records that are no documents may be passed over; when None the first
+    stops the build. report: called now and then with how far it is.
 
     Raises:
-        UsageError: there are fewer files than parts.
+        UsageError: there are fewer files than parts; output or an unfinished build there is not for this one.
+        DataError: the input is at fault, or nothing can be written. KeyboardInterrupt: with what is kept.
     """
-    files = find(inputs, suffixes)
+    links: list[str] = []
+    files = find(inputs, suffixes, links)
     if part is not None:
         number, count = part
         if len(files) < count:
@@ -103,7 +117,7 @@ def build(
         output = f"{str(output).rstrip('/')}/part-{number:05d}"
     total_bytes = sum(file.size for file in files)
     loaded = Tokenizer(tokenizer, end_of_document, pattern)
-    encoder = Encoder(loaded, text_key, exact=dedup != "none", near=dedup == "near")
+    encoder = Encoder(loaded, text_key, exact=dedup != "none", near=dedup == "near", skip=max_skipped is not None)
     options = {
         "--tokenizer": loaded.sha256,
         "--end-of-document": str(loaded.end_of_document),
@@ -113,19 +127,21 @@ def build(
         "--dedup": f"{dedup} {near_threshold}" if encoder.near else dedup,
         **({"--part": f"{part[0]}/{part[1]}"} if part else {}),
     }
+    options = {name: shown(value) for name, value in options.items()}
     place = destination(output, staging)
+    state: Journal | None = None
     try:
         with closing(place), journal.held(place.staging, str(output)):
             state = None if restart else journal.load(place.staging, options)
             place.check(inputs, files, overwrite, begun=state is not None)
             if state is None:
                 journal.drop(place.staging)
-                place.staging.mkdir(parents=True)
+                state = journal.begin(place.staging, options)
                 place.clear()
             run = _Build(
-                place, state or Journal(options=options), loaded, shard_bytes,
+                place, state, loaded, shard_bytes,
                 (TRAIN, VALIDATION) if validation_fraction > 0 else (TRAIN,), validation_fraction,
-                near_threshold if encoder.near else None, encoder.exact,
+                near_threshold if encoder.near else None, encoder.exact, max_skipped,
             )  # fmt: skip
             try:
                 resumed = run.documents
@@ -137,12 +153,23 @@ def build(
                 run.abandon()
             place.publish(place.staging / DATASET)
             journal.drop(place.staging)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror or error}; name another --output") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_KEPT if state and state.documents else "no shard was finished yet") from None
+    except OSError as error:  # those of the input and of workers have become a DataError where they arose
+        option, where = ("--output", output) if place.local else ("--staging", place.staging)
+        raise DataError(_unwritten(shown(where), option, error, state)) from None
     return Summary(
-        str(output), cards, len(files), run.position.binary_files, run.state.empty, run.state.replaced,
-        run.state.exact_removed, run.state.near_removed, resumed,
+        str(output), cards, len(files), run.position.seen.and_links(links), run.state.empty, run.state.replaced,
+        run.state.exact_removed, run.state.near_removed, run.state.skipped, resumed,
     )  # fmt: skip
+
+
+def _unwritten(where: str, option: str, error: OSError, state: Journal | None) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = f"{where}: cannot be written: {error.strerror or error}"
+    if state and state.documents:
+        return f"{what}; {'free some space' if full else 'mend that'}: {_KEPT}"
+    return f"{what}; {'free some space, or ' if full else ''}name another {option}"
 
 
 class _Build:
@@ -150,7 +177,7 @@ class _Build:
 
     def __init__(
         self, place: Destination, state: Journal, tokenizer: Tokenizer, shard_bytes: int, splits: Sequence[str],
-        validation_fraction: float, threshold: float | None, dedup: bool,
+        validation_fraction: float, threshold: float | None, dedup: bool, max_skipped: int | None,
     ) -> None:  # fmt: skip
         self.state = state
         self.position = state.position
@@ -160,14 +187,20 @@ class _Build:
         self._fraction = validation_fraction
         self._threshold = threshold
         self._split = state.split or TRAIN
-        self._held: _HeldDocument | None = None
+        self._held: HeldDocument | None = None
         self._shipped = dict.fromkeys(splits, 0)
         itemsize = np.dtype(tokenizer.dtype).itemsize
         sample_tokens = min(SAMPLE_TOKENS, max(_MIN_SAMPLE_TOKENS, shard_bytes // itemsize))
         shard_samples = max(1, shard_bytes // (sample_tokens * itemsize))
-        self._dedup = Deduplicator(self._folder / "documents.kept", threshold, state.kept) if dedup else None
+        self._dedup = Deduplicator(self._folder / journal.KEPT, threshold, state.kept) if dedup else None
         self._writers: dict[str, SplitWriter] = {}
+        self._skipped: Skipped | None = None
         try:
+            (self._folder / DATASET).mkdir(exist_ok=True)
+            if max_skipped is not None or state.skipped:
+                self._skipped = Skipped(
+                    self._folder / DATASET, max_skipped or 0, state.skipped, state.skipped_bytes
+                )  # fmt: skip
             for split in splits:
                 (self._folder / DATASET / split).mkdir(parents=True, exist_ok=True)
                 self._writers[split] = SplitWriter(
@@ -196,12 +229,19 @@ class _Build:
         while True:
             try:
                 result, position = next(results)
+                if self._skipped:
+                    self._skipped.check(result.skipped)
             except StopIteration:
                 return
             except DataError as error:
+                said = (
+                    f"{error}; or pass such records over with --on-error skip"
+                    if isinstance(error, BadRecord)
+                    else str(error)
+                )
                 if self.documents and self._save():
-                    raise DataError(f"{error}; what was built is kept: the same command goes on") from None
-                raise
+                    raise DataError(f"{said}; {_KEPT}") from None
+                raise DataError(said) from None
             self._add(result)
             self.position = position
             if self._shards() != shards and self._save():
@@ -229,7 +269,9 @@ class _Build:
                     }
                 )  # fmt: skip
         content, size = self._tokenizer.content, self._tokenizer.vocab_size
-        return {name: writer.finish(content, size, about) for name, writer in self._writers.items()}
+        if self._skipped:
+            self._skipped.finish()
+        return {name: writer.finish(content, size, about, self.state.skipped) for name, writer in self._writers.items()}
 
     def abandon(self) -> None:
         """Let go of the open files."""
@@ -237,13 +279,18 @@ class _Build:
             writer.abandon()
         if self._held:
             self._held.close()
+        if self._skipped:
+            self._skipped.close()
 
     def _add(self, result: Encoded) -> None:
         """Hand each piece to its split."""
         self.state.empty += result.empty
         self.state.replaced += result.replaced
+        if self._skipped:
+            self._skipped.add(result.skipped)
+            self.state.skipped = self._skipped.count
         start = 0
-        whole: list[_HeldDocument] = []
+        whole: list[HeldDocument] = []
         for number, length in enumerate(result.lengths):
             tokens = result.tokens[start : start + length]
             start += length
@@ -253,7 +300,7 @@ class _Build:
             if self._dedup is None:
                 self._writers[self._split].add(tokens, fingerprint is not None, last)
                 continue
-            self._held = self._held or _HeldDocument(self._split, self._folder, self._tokenizer.dtype)
+            self._held = self._held or HeldDocument(self._split, self._folder, self._tokenizer.dtype)
             self._held.add(tokens, result.digests[number], result.minima[number] if result.minima else None)
             if last:
                 whole.append(self._held)
@@ -261,7 +308,7 @@ class _Build:
         if self._dedup and whole:
             self._add_unless_copies(self._dedup, whole)
 
-    def _add_unless_copies(self, dedup: Deduplicator, whole: Sequence[_HeldDocument]) -> None:
+    def _add_unless_copies(self, dedup: Deduplicator, whole: Sequence[HeldDocument]) -> None:
         minima = [document.minima for document in whole if document.minima is not None]
         verdicts = dedup.check([document.digest for document in whole], np.stack(minima) if minima else None)
         for document, verdict in zip(whole, verdicts, strict=True):
@@ -282,6 +329,8 @@ class _Build:
         if self._dedup:
             self._dedup.sync()
             self.state.kept = self._dedup.kept
+        if self._skipped:
+            self.state.skipped_bytes = self._skipped.save()
         self.state.position, self.state.split = self.position, self._split
         self.state.writers = {name: writer.save() for name, writer in self._writers.items()}
         self.state.save(self._folder)
@@ -300,53 +349,6 @@ class _Build:
         if written := self.documents:
             return f"all {written} document(s) fell into the validation split; use a smaller --validation-fraction"
         return (
-            f"no document to train on in --input: {self.state.empty} empty, {self.position.binary_files} binary "
+            f"no document to train on in --input: {self.state.empty} empty, {self.position.seen.binary_files} binary "
             "file(s); give files with text"
         )
-
-
-class _HeldDocument:
-    """A document that waits for its end, when it is known whether it is a copy; on disk, where it is long."""
-
-    def __init__(self, split: str, folder: Path, dtype: str) -> None:
-        self.split = split
-        self.minima: Minima | None = None
-        self._dtype = np.dtype(dtype)
-        self._folder = folder
-        self._pieces: list[Tokens] = []
-        self._lengths: list[int] = []
-        self._digests: list[bytes] = []
-        self._file: IO[bytes] | None = None
-
-    @property
-    def digest(self) -> bytes:
-        """Of the whole text: that of its only piece, or of the pieces' digests."""
-        return self._digests[0] if len(self._digests) == 1 else digest(b"".join(self._digests))
-
-    def add(self, tokens: Tokens, piece_digest: bytes, minima: Minima | None) -> None:
-        self._digests.append(piece_digest)
-        if minima is not None:
-            self.minima = minima if self.minima is None else np.minimum(self.minima, minima)
-        self._pieces.append(tokens)
-        self._lengths.append(len(tokens))
-        if sum(piece.nbytes for piece in self._pieces) > _HELD_BYTES:
-            self._file = self._file or tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-            for piece in self._pieces:
-                self._file.write(piece.tobytes())
-            self._pieces = []
-
-    def pieces(self) -> Iterator[tuple[Tokens, bool, bool]]:
-        """The tokens, piece after piece, each with whether it is the first and the last."""
-        spilled = len(self._lengths) - len(self._pieces)
-        if self._file:
-            self._file.seek(0)
-        for number, length in enumerate(self._lengths):
-            if number < spilled and self._file:
-                tokens: Tokens = np.frombuffer(self._file.read(length * self._dtype.itemsize), dtype=self._dtype)
-            else:
-                tokens = self._pieces[number - spilled]
-            yield tokens, number == 0, number == len(self._lengths) - 1
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()

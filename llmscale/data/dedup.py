@@ -17,6 +17,7 @@ at a load of 1/4 to 1/2: 8 to 16 bytes for exact, and as much for each band of n
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import defaultdict
@@ -213,6 +214,8 @@ class _Rows:
     def _reserve(self, rows: int) -> None:
         with self._path.open("r+b") as file:
             file.truncate(rows * self._dtype.itemsize)
+            # A page of a mapped file for which the disk has no room is a signal that kills; here it is an OSError.
+            os.posix_fallocate(file.fileno(), 0, rows * self._dtype.itemsize)
         self.all: np.memmap[Any, Any] = np.memmap(self._path, dtype=self._dtype, mode="r+", shape=(rows,))
 
 

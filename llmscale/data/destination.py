@@ -1,6 +1,7 @@
 """Where a dataset goes: a folder, or an object store that fsspec writes (s3://, gs://).
 
-A folder is built as FOLDER.partial beside it and takes its place by a rename. For a store, each shard is built in a
+A folder is built as FOLDER.partial beside it and takes its place by a rename. What was there is removed only where
+every file of it has a name that builds give, here as in a store; else nothing is. For a store, each shard is built in a
 local folder, uploaded by one thread while the next is written, and removed here once the store has all its bytes; two
 wait at most. The cards come last, the one of train/ at the very end: without a card no reader takes a split for one.
 Uploads are tried again with growing delays, and a build that is started again uploads what it had not.
@@ -10,22 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import unquote, urlsplit
 
 from llmscale.data.inputs import InputFile
-from llmscale.errors import DataError, UsageError
+from llmscale.data.skipped import REPORT
+from llmscale.errors import DataError, UsageError, shown
 
 SPLITS = ("validation", "train")
 """In the order in which they appear."""
 _FILES = ("tokenizer.json", "index.json")
+_OURS = re.compile(r"(card|index|tokenizer)\.json|shard-\d+\.tar")
+"""Names of the files in a split."""
 _ATTEMPTS = 6
 _WAITING = 2
 
@@ -35,6 +41,8 @@ class Destination(Protocol):
 
     staging: Path
     """The folder to work in, which may be left and found again."""
+    local: ClassVar[bool]
+    """Whether what is written lies on this machine."""
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         """Refuse what would destroy something. begun: this very build was writing it before."""
@@ -65,28 +73,33 @@ def destination(output: str | Path, staging: Path | None = None) -> Destination:
 
 
 class _Folder:
+    local: ClassVar[bool] = True
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._target = path.resolve()
+        if os.path.ismount(self._target):
+            raise UsageError(f"--output {shown(path)}: is a mount point, which cannot be renamed; name a folder in it")
         self.staging = self._target.with_name(f"{self._target.name}.partial")
+        self._old = self._target.with_name(f".{self._target.name}.llmscale-old")
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         output, target = self._path, self._target
         if output.exists() and not output.is_dir():
-            raise UsageError(f"--output {output}: is a file; name a folder")
+            raise UsageError(f"--output {shown(output)}: is a file; name a folder")
         inside = next((file for file in files if file.path and target in file.path.resolve().parents), None)
         if inside:
-            raise UsageError(f"--input {inside.name}: lies inside --output {output}; name another --output")
+            raise UsageError(f"--input {inside.shown}: lies inside --output {output}; name another --output")
         around = next((name for name in inputs if os.path.isdir(name) and Path(name).resolve() in target.parents), None)
         if around:
-            raise UsageError(
-                f"--output {output}: lies inside --input {around}, which is read; name a folder outside it"
-            )
+            raise UsageError(f"--output {shown(output)}: lies inside --input {shown(around)}; name a folder outside it")
         there = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
         if there and not overwrite:
-            raise UsageError(f"--output {output}: is not empty; name another folder, or replace it with --overwrite")
-        if foreign := [name for name in there if not (output / name / "card.json").is_file()]:
-            raise UsageError(f"--output {output}: holds {foreign[0]!r}, which no build wrote; name another folder")
+            raise UsageError(
+                f"--output {shown(output)}: is not empty; name another folder, or replace it with --overwrite"
+            )
+        self._refuse_foreign(target)
+        self._refuse_foreign(self._old)
 
     def clear(self) -> None:
         pass
@@ -95,18 +108,38 @@ class _Folder:
         pass
 
     def publish(self, dataset: Path) -> None:
-        old = self._target.with_name(f"{self._target.name}.old")
         if self._target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self._target.rename(old)
+            self._refuse_foreign(self._target)  # it may have come there meanwhile
+            self._remove_old()
+            self._target.rename(self._old)
         dataset.rename(self._target)
-        shutil.rmtree(old, ignore_errors=True)
+        self._remove_old()
 
     def close(self) -> None:
         pass
 
+    def _remove_old(self) -> None:
+        """Remove the dataset that was replaced, by this build or by one that was killed then."""
+        if self._old.exists():
+            self._refuse_foreign(self._old)
+            shutil.rmtree(self._old)
+
+    def _refuse_foreign(self, folder: Path) -> None:
+        for split in sorted(folder.iterdir()) if folder.exists() else ():
+            if split.name == REPORT:
+                continue
+            foreign = None if (split / "card.json").is_file() and not split.is_symlink() else split
+            foreign = foreign or next(
+                (file for file in sorted(split.iterdir()) if not _OURS.fullmatch(file.name)), None
+            )
+            if foreign:
+                name = str(foreign.relative_to(folder))
+                raise UsageError(f"--output {shown(folder)}: holds {name!r}, which no build wrote; name another folder")
+
 
 class _Store:
+    local: ClassVar[bool] = False
+
     def __init__(self, url: str, staging: Path | None) -> None:
         self._url = url.rstrip("/")
         self._files, self._root = _filesystem(self._url)
@@ -117,7 +150,13 @@ class _Store:
 
     def check(self, inputs: Sequence[str], files: Sequence[InputFile], overwrite: bool, begun: bool) -> None:
         there = sorted(path.rstrip("/").rpartition("/")[2] for path in self._attempt(self._url, self._list))
-        if foreign := [name for name in there if name not in SPLITS]:
+        foreign = [name for name in there if name not in (*SPLITS, REPORT)] or [
+            name
+            for split in SPLITS
+            for name in self._attempt(self._url, partial(self._names, split))
+            if not _OURS.fullmatch(name.split("/", 1)[1])
+        ]
+        if foreign:
             raise UsageError(f"--output {self._url}: holds {foreign[0]!r}, which no build wrote; name another")
         if there and not overwrite and not begun:
             raise UsageError(
@@ -126,8 +165,7 @@ class _Store:
             )
 
     def clear(self) -> None:
-        for split in reversed(SPLITS):
-            self._attempt(f"{self._url}/{split}", lambda path=f"{self._root}/{split}": self._remove(path))
+        self._attempt(self._url, self._remove)
 
     def add(self, split: str, shard: Path) -> None:
         while len(self._pending) >= _WAITING:
@@ -141,6 +179,8 @@ class _Store:
         for split in SPLITS:
             for path in sorted((dataset / split).glob("shard-*.tar")):
                 self._upload(split, path)
+        if (dataset / REPORT).is_file():
+            self._upload("", dataset / REPORT)
         for names in (_FILES, ("card.json",)):
             for split in SPLITS:
                 for name in names:
@@ -156,7 +196,8 @@ class _Store:
         local.unlink()
 
     def _upload(self, split: str, local: Path) -> None:
-        path = f"{self._root}/{split}/{local.name}"
+        name = f"{split}/{local.name}".lstrip("/")
+        path = f"{self._root}/{name}"
         size = local.stat().st_size
 
         def put() -> None:
@@ -165,7 +206,7 @@ class _Store:
             if (there := self._files.info(path)["size"]) != size:
                 raise OSError(f"{there} of {size} bytes are there")
 
-        self._attempt(f"{self._url}/{split}/{local.name}", put)
+        self._attempt(f"{self._url}/{name}", put)
 
     def _list(self) -> list[str]:
         self._files.invalidate_cache()
@@ -174,11 +215,22 @@ class _Store:
         except FileNotFoundError:
             return []
 
-    def _remove(self, path: str) -> None:
+    def _names(self, split: str) -> list[str]:
+        """The files of a split, each as SPLIT/NAME."""
+        found = (str(path).removeprefix(self._root).lstrip("/") for path in self._files.find(f"{self._root}/{split}"))
+        return sorted(name for name in found if name.rstrip("/") != split)
+
+    def _remove(self) -> None:
+        """Remove the files of both splits; what `check` saw is all that there is. The cards first."""
         self._files.invalidate_cache()
-        for one in (f"{path}/card.json", path):
-            if self._files.exists(one):
-                self._files.rm(one, recursive=True)
+        names = [name for split in reversed(SPLITS) for name in self._names(split)]
+        cards = [name for name in names if name.endswith("/card.json")]
+        others = [name for name in names if name not in cards]
+        others += [REPORT] * bool(self._files.exists(f"{self._root}/{REPORT}"))
+        for some in (cards, others):
+            if some:
+                self._files.rm([f"{self._root}/{name}" for name in some])
+        self._files.invalidate_cache()
 
     def _attempt(self, where: str, call: Any) -> Any:
         delay = 0.5

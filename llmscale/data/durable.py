@@ -1,6 +1,6 @@
 """Files that are there whole or not at all, also after a kill or a loss of power; and a tar that is one of them.
 
-A file is written as NAME.partial, brought onto the disk, and renamed. The tar of arrays can be left and gone on with
+A file is written under another name, brought onto the disk, and renamed. The tar of arrays can be left and gone on with
 at any member: it is cut to the length that was noted, and its checksum is computed again from what is there.
 """
 
@@ -89,15 +89,20 @@ def reopen(path: Path, kept: int) -> BufferedRandom:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or what was there before."""
-    with partial(path).open("wb") as file:
+    with temporary(path).open("wb") as file:
         file.write(data)
         sync(file)
-    partial(path).replace(path)
+    temporary(path).replace(path)
 
 
 def partial(path: Path) -> Path:
-    """The name of a file while it is written."""
+    """The name of a file of a dataset while it is written, piece by piece."""
     return path.with_name(f"{path.name}.partial")
+
+
+def temporary(path: Path) -> Path:
+    """The name of a file while it is written at once: one that no user has given to a file of theirs."""
+    return path.with_name(f".{path.name}.llmscale-partial")
 
 
 def sync(file: BinaryIO | BufferedRandom) -> None:

@@ -1,7 +1,8 @@
 """What a user names as input: files, folders, globs and URLs, each file once and in an order that does not change.
 
-Inside a folder or glob files come sorted by path; hidden files and folders and __pycache__ are left out there. A URL is
-any that fsspec knows (s3://, gs://, https://, hf://, file://): a file, a glob, or a folder where the store can list.
+Inside a folder or glob files come sorted by path; hidden files and folders and __pycache__ are left out there, and
+links to folders are not followed. A URL is any that fsspec knows (s3://, gs://, https://, hf://, file://): a file, a
+glob, or a folder where the store can list.
 Credentials and endpoints are those of fsspec and of the service's own tools (AWS_PROFILE, AWS_ENDPOINT_URL, HF_TOKEN).
 """
 
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from llmscale.data.remote_file import open_remote
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import DataError, UsageError, shown
 
 _PACKAGES = {
     "s3": "llmscale[s3]",
@@ -46,6 +47,11 @@ class InputFile:
         return None if is_url(self.name) else Path(self.name)
 
     @property
+    def shown(self) -> str:
+        """Its name for messages."""
+        return shown(self.name)
+
+    @property
     def file_name(self) -> str:
         """Its name without the query of a URL: the ending says the format."""
         return self.name.partition("?")[0] if self.name.startswith(_HTTP) else self.name
@@ -61,7 +67,7 @@ class InputFile:
                 return self.path.open("rb")
         except OSError as error:
             raise unreadable(self.name, error) from None
-        return open_remote(self.name, self.size, seekable=self.file_name.endswith(".parquet"))
+        return open_remote(self.name, self.size, seekable=self.file_name.lower().endswith(".parquet"))
 
 
 def is_url(name: str) -> bool:
@@ -69,15 +75,17 @@ def is_url(name: str) -> bool:
     return "://" in name and not name.startswith(_LOCAL)
 
 
-def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]:
+def find(inputs: Sequence[str], suffixes: Sequence[str] = (), links: list[str] | None = None) -> list[InputFile]:
     """The files that the inputs name. suffixes: keep only these from folders.
+
+    links: gets the names of links inside folders that are not followed: to other folders, and to nothing.
 
     Raises:
         UsageError: an input names no file. DataError: a store or a folder cannot be listed.
     """
     found: dict[str, InputFile] = {}
     for name in inputs:
-        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes)
+        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes, links)
         for key, file in files:
             found.setdefault(key, file)
     return list(found.values())
@@ -86,7 +94,7 @@ def find(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[InputFile]
 def unreadable(name: str, error: Exception) -> DataError:
     """The message for an input that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return DataError(f"{name}: cannot be read: {reason}; mend the file or leave it out of --input")
+    return DataError(f"{shown(name)}: cannot be read: {reason}; mend the file or leave it out of --input")
 
 
 def _path(name: str) -> str:
@@ -94,9 +102,9 @@ def _path(name: str) -> str:
     return unquote(name.partition("://")[2]) if name.startswith(_LOCAL) else name
 
 
-def _local(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile]]:
+def _local(name: str, suffixes: Sequence[str], links: list[str] | None) -> Iterator[tuple[str, InputFile]]:
     matches = [name] if os.path.exists(name) else sorted(filter(os.path.exists, glob.glob(name, recursive=True)))
-    paths = [path for match in matches for path in _walk(Path(match), suffixes)]
+    paths = [path for match in matches for path in _walk(Path(match), suffixes, links)]
     if not paths:
         raise _nothing(name, suffixes, bool(matches))
     for path in paths:
@@ -107,14 +115,18 @@ def _local(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile]
         yield str(path.resolve()), InputFile(str(path), status.st_size, str(status.st_mtime_ns))
 
 
-def _walk(path: Path, suffixes: Sequence[str]) -> list[Path]:
+def _walk(path: Path, suffixes: Sequence[str], links: list[str] | None) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = []
     for folder, folders, names in os.walk(path, onerror=_refuse):
         folders[:] = [name for name in folders if not _hidden(name)]
         kept = (name for name in names if _wanted(name, suffixes))
-        found += [file for name in kept if (file := Path(folder, name)).is_file()]
+        files = [Path(folder, name) for name in kept]
+        found += [file for file in files if file.is_file()]
+        if links is not None:
+            left = [*(Path(folder, name) for name in folders), *(file for file in files if not file.exists())]
+            links += sorted(str(link) for link in left if link.is_symlink())
     return sorted(found)
 
 
@@ -189,7 +201,7 @@ def _wanted(name: str, suffixes: Sequence[str]) -> bool:
 def _nothing(name: str, suffixes: Sequence[str], matched: bool) -> UsageError:
     ending = f" with suffix {', '.join(suffixes)}" if suffixes and matched else ""
     what = f"holds no file{ending}" if matched else "matches no file"
-    return UsageError(f"--input {name}: {what}; give existing files, folders, URLs or quoted globs")
+    return UsageError(f"--input {shown(name)}: {what}; give existing files, folders, URLs or quoted globs")
 
 
 def _refuse(error: OSError) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmscale.data.cache import Cache
-from llmscale.data.durable import partial
+from llmscale.data.durable import write_whole
 from llmscale.data.shards import Card
 from llmscale.data.split import Split, splits
 from llmscale.data.store import is_remote
+from llmscale.data.tokenizer import parsed
 from llmscale.errors import DataError, UsageError
 
 _BAR = 40
@@ -32,7 +34,7 @@ def describe(place: Path | str, documents: int = 3, cache: Cache | None = None) 
 
     place: a folder, or the URL of a split. documents: how many to decode, from samples spread evenly.
     """
-    opened = [Split(one, cache) for one in ([place] if is_remote(place) else splits(Path(place)))]
+    opened = [Split(one, cache) for one in ([place] if is_remote(place) else splits(place))]
     return [Description(split.place, split.card, _documents(split, documents)) for split in opened]
 
 
@@ -85,20 +87,20 @@ def plot_histogram(found: Sequence[Description], output: Path) -> None:
         figures[-1].set_xlabel("tokens of a document, its end included")
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(partial(output), format="png")
-            partial(output).replace(output)
+            figure.savefig(picture := io.BytesIO(), format="png")
+            write_whole(output, picture.getvalue())
         except OSError as error:
             raise DataError(f"{output}: cannot be written: {error.strerror}; name another --plot") from None
 
 
 def _documents(split: Split, count: int) -> list[str]:
     """The first document that begins in each of `count` samples (fewer, where there are fewer)."""
-    import tokenizers
-
-    # Not our Tokenizer, which wants to know a token that ends documents: any name may do that.
-    tokenizer = tokenizers.Tokenizer.from_file(str(split.tokenizer))
-    samples = [(shard, number) for shard in split.shards for number in range(len(shard.offsets))]
     count = min(count, split.card.documents)
+    if not count:
+        return []
+    # Not our Tokenizer, which wants to know a token that ends documents: any name may do that.
+    tokenizer = parsed(split.read_tokenizer(), str(split.tokenizer))
+    samples = [(shard, number) for shard in split.shards for number in range(len(shard.offsets))]
     texts: list[str] = []
     for pick in sorted({index * len(samples) // count for index in range(count)}):
         tokens, starts = split.read_sample(*samples[pick], split.sample_length(pick))

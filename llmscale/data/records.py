@@ -32,9 +32,18 @@ def read_record(kind: type[R], path: Path, fix: str, sha256: str | None = None) 
         raise DataError(f"{path}: cannot be read: {error.strerror}; {fix}") from None
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(f"{path}: not the one that card.json was written for (its checksum differs); {fix}")
+    return parse(kind, data, str(path), fix)
+
+
+def parse(kind: type[R], data: bytes, where: str, fix: str, at: str = "") -> R:
+    """What such a file holds, or a part of it. at: its key in the file.
+
+    Raises:
+        DataError: it is something else.
+    """
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise DataError(f"{path}: {where}: {first['msg']}; {fix}") from None
+        key = ".".join([at] * bool(at) + [str(part) for part in first["loc"]]) or "the whole file"
+        raise DataError(f"{where}: {key}: {first['msg']}; {fix}") from None

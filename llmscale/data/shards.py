@@ -26,17 +26,16 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmscale.data.durable import ArrayTar, partial, reopen, sync, write_whole
 from llmscale.data.records import Record
 from llmscale.data.store import plain_name
-from llmscale.errors import DataError
 
 SAMPLE_TOKENS = 1 << 18
 Tokens = npt.NDArray[np.unsignedinteger]
@@ -47,14 +46,11 @@ _MOST_SHARD_BYTES = 1 << 42
 _MOST_SAMPLE_TOKENS = 1 << 30
 
 
-R = TypeVar("R", bound=Record)
-
-
 class Card(Record):
     """What a split is: card.json."""
 
-    format: Literal["llmscale-tokens"] = "llmscale-tokens"
-    version: Literal[1] = 1
+    format: Literal["llmscale-tokens"]
+    version: Literal[1]
     tokenizer_sha256: str
     vocab_size: int = Field(ge=1)
     end_of_document: int
@@ -73,6 +69,8 @@ class Card(Record):
     longest_document: int
     index_sha256: str
     deduplication: Deduplication | None = None
+    skipped_records: int = 0
+    """That were no documents, when the dataset was built; of all splits together."""
 
 
 class Deduplication(Record):
@@ -241,7 +239,9 @@ class SplitWriter:
             open_shard=self._shard,
         )
 
-    def finish(self, tokenizer: bytes, vocab_size: int, deduplication: Deduplication | None = None) -> Card:
+    def finish(
+        self, tokenizer: bytes, vocab_size: int, deduplication: Deduplication | None = None, skipped: int = 0
+    ) -> Card:
         """Write what is left, the index, the tokenizer.json and, last, the card."""
         if self._used:
             self._flush()
@@ -252,6 +252,8 @@ class SplitWriter:
         index_sha256 = hashlib.file_digest(self._index, "sha256").hexdigest()
         self._index.close()
         card = Card(
+            format="llmscale-tokens",
+            version=1,
             tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocab_size=vocab_size,
             end_of_document=int(self._end[0]),
@@ -267,6 +269,7 @@ class SplitWriter:
             longest_document=self._longest,
             index_sha256=index_sha256,
             deduplication=deduplication,
+            skipped_records=skipped,
         )
         write_whole(self._folder / "tokenizer.json", tokenizer)
         partial(self._folder / "index.json").replace(self._folder / "index.json")
@@ -331,13 +334,3 @@ class SplitWriter:
 def checksum(tokens: Tokens, documents: Tokens) -> int:
     """CRC-32 of a sample's content."""
     return zlib.crc32(documents.tobytes(), zlib.crc32(tokens.tobytes()))
-
-
-def parse(kind: type[R], data: bytes, where: str, at: str = "") -> R:
-    """A card, an index or a shard of one. at: its key in the file."""
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([at] * bool(at) + [str(part) for part in first["loc"]]) or "the whole file"
-        raise DataError(f"{where}: {key}: {first['msg']}; {REBUILD}") from None

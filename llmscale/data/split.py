@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -15,7 +16,9 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from llmscale.data.cache import Cache
+from llmscale.data.parts import is_pattern
 from llmscale.data.pipe_store import PipeStore, open_store
+from llmscale.data.records import parse
 from llmscale.data.shards import (
     INDEX_HEAD,
     INDEX_TAIL,
@@ -25,7 +28,6 @@ from llmscale.data.shards import (
     Index,
     Shard,
     Tokens,
-    parse,
     sample_key,
 )
 from llmscale.data.store import Missing, Patience, UrlStore, is_remote
@@ -58,7 +60,7 @@ class Split:
                 data = store.read_all("card.json", _MOST_CARD_BYTES)
             except Missing:
                 raise UsageError(f"{self.place}: not a dataset, it has no card.json; {_BUILD_REMOTE}") from None
-            self.card = parse(Card, data, self.where("card.json"))
+            self.card = parse(Card, data, self.where("card.json"), REBUILD)
             self.key = self.card.index_sha256[:32]
             self.folder = self._keep("index.json", self.card.index_sha256, _MOST_INDEX_BYTES).parent
             self._keep("tokenizer.json", self.card.tokenizer_sha256, _MOST_CARD_BYTES)
@@ -66,7 +68,7 @@ class Split:
             self.folder = Path(self.place)
             if not (self.folder / "card.json").is_file():
                 raise UsageError(_not_a_split(self.folder))
-            self.card = parse(Card, _content(self.folder / "card.json"), self.where("card.json"))
+            self.card = parse(Card, _content(self.folder / "card.json"), self.where("card.json"), REBUILD)
         self.shards = tuple(_shards(self.folder / "index.json", self.where("index.json"), self.card.index_sha256))
         samples = sum(len(shard.offsets) for shard in self.shards)
         index = self.where("index.json")
@@ -86,6 +88,21 @@ class Split:
     def tokenizer(self) -> Path:
         """The tokenizer.json beside the shards; of a remote split, a copy of it."""
         return self.folder / "tokenizer.json"
+
+    def read_tokenizer(self) -> bytes:
+        """The text of the tokenizer.json.
+
+        Raises:
+            DataError: it is missing, or not the one that made the shards.
+        """
+        if not self.tokenizer.is_file():
+            raise DataError(f"{self.tokenizer}: is missing; {REBUILD}")
+        content = _content(self.tokenizer)
+        if hashlib.sha256(content).hexdigest() != self.card.tokenizer_sha256:
+            raise DataError(
+                f"{self.tokenizer}: not the tokenizer that made the shards (its checksum differs); {REBUILD}"
+            )
+        return content
 
     def where(self, name: str) -> str:
         """What to call one of its files in a message: its path, or its URL."""
@@ -179,11 +196,35 @@ def _npy_header(dtype: np.dtype[Any], length: int) -> bytes:
     return header.getvalue()
 
 
-def splits(folder: Path) -> list[Path]:
-    """The splits of what a user named: a split itself, or a folder that holds some."""
-    found = [folder] if (folder / "card.json").is_file() else sorted(card.parent for card in folder.glob("*/card.json"))
+def splits(place: Path | str) -> list[Path]:
+    """The splits of what a user named: a split, a dataset, one that was built in parts, or a pattern that names some.
+
+    Raises:
+        UsageError: it names none.
+    """
+    found = [folder for folder in _folders(place) if (folder / "card.json").is_file()]
     if not found:
-        raise UsageError(_not_a_split(folder))
+        raise UsageError(_not_a_split(Path(place)))
+    return found
+
+
+def without_card(place: Path | str) -> list[Path]:
+    """The folders among them that have shards or an index, and no card: what is left of splits."""
+    return [
+        folder
+        for folder in _folders(place)
+        if not (folder / "card.json").exists()
+        and ((folder / "index.json").exists() or any(folder.glob("shard-*.tar*")))
+    ]
+
+
+def _folders(place: Path | str) -> list[Path]:
+    """The folders that may be splits of what a user named."""
+    named = sorted(glob.glob(str(place))) if is_pattern(str(place)) else [str(place)]
+    found = []
+    for folder in map(Path, named):
+        inside = [] if (folder / "card.json").is_file() else [*folder.glob("*"), *folder.glob("part-*/*")]
+        found += [folder, *sorted(path for path in inside if path.is_dir())]
     return found
 
 
@@ -194,12 +235,12 @@ def _shards(path: Path, where: str, sha256: str) -> Iterator[Shard]:
         raise DataError(f"{where}: not the one that card.json was written for (its checksum differs); {REBUILD}")
     lines = io.BytesIO(data)
     if lines.readline().rstrip() != INDEX_HEAD:
-        yield from parse(Index, data, where).shards
+        yield from parse(Index, data, where, REBUILD).shards
         return
     for number, line in enumerate(lines):
         if line.rstrip() in (INDEX_TAIL, b""):
             continue
-        shard = parse(Shard, line.rstrip(b",\n"), where, f"shards.{number}")
+        shard = parse(Shard, line.rstrip(b",\n"), where, REBUILD, f"shards.{number}")
         packed = {"offsets": array("q", shard.offsets), "checksums": array("I", shard.checksums)}
         yield shard.model_copy(update=packed)
 

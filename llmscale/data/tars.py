@@ -24,11 +24,15 @@ _LONG_HEADERS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """data: the text in UTF-8, as good as it was. end: where in the tar the sample's last member ends."""
+    """data: the text in UTF-8, as good as it was. end: where in the tar the sample's last member ends.
+
+    problem: why it has no text, where it has none.
+    """
 
     key: str
     data: bytes
     end: int
+    problem: str = ""
 
 
 class _Header(tarfile.TarInfo):
@@ -53,8 +57,21 @@ def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
     Raises:
         DataError: it is damaged, has members that no honest shard has, or a sample without text.
     """
+    for sample in every_sample(name, file, text_key):
+        if sample.problem:
+            raise DataError(sample.problem)
+        yield sample
+
+
+def every_sample(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
+    """The samples of a tar, those without text too.
+
+    Raises:
+        DataError: it is damaged, or has members that no honest shard has.
+    """
     key: str | None = None
     data: bytes | None = None
+    problem = ""
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 18, tarinfo=_Header) as tar:
@@ -66,23 +83,24 @@ def samples(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
                 stem, _, ending = own.partition(".")
                 here = f"{folder}/{stem}" if folder else stem
                 if key is not None and here != key:
-                    yield _sample(name, key, data, end)
-                    data = None
+                    yield _sample(name, key, data, end, problem)
+                    data, problem = None, ""
                 key = here
-                found = _text(name, tar, member, ending.lower(), text_key)
-                data = found if data is None else data
+                found, wrong = _text(name, tar, member, ending.lower(), text_key)
+                problem = problem or wrong
+                data = found if not data and found is not None else data
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError) as error:
         place = f" near {key!r}" if key is not None else ""
         raise DataError(f"{name}: not a whole tar file ({error}{place}); copy it again") from None
     if key is not None:
-        yield _sample(name, key, data, end)
+        yield _sample(name, key, data, end, problem)
 
 
-def _sample(name: str, key: str, data: bytes | None, end: int) -> Sample:
+def _sample(name: str, key: str, data: bytes | None, end: int, problem: str) -> Sample:
     if data is None:
-        raise DataError(f"{name}: sample {key!r} has no .txt and no .json with the text; see --text-key")
-    return Sample(key, data, end)
+        problem = problem or f"{name}: sample {key!r} has no .txt and no .json with the text; see --text-key"
+    return Sample(key, data or b"", end, problem)
 
 
 def _refuse(name: str, member: tarfile.TarInfo) -> None:
@@ -97,20 +115,24 @@ def _refuse(name: str, member: tarfile.TarInfo) -> None:
         )
 
 
-def _text(name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, text_key: str) -> bytes | None:
-    """The text that a member holds, if that is what it is for."""
+def _text(
+    name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, text_key: str
+) -> tuple[bytes | None, str]:
+    """The text that a member holds, if that is what it is for; and what is wrong with it."""
     if ending not in ("txt", "json"):
-        return None
+        return None, ""
     file = tar.extractfile(member)
     data = file.read() if file else b""
     if len(data) != member.size:
         raise DataError(f"{name}: member {member.name!r} is cut short; copy the shard again")
     if ending == "txt":
-        return data
+        return data, ""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: member {member.name!r} is not JSON ({error}); mend or remove it") from None
-    text = found.get(text_key) if isinstance(found, dict) else None
+        return None, f"{name}: member {member.name!r} is not JSON ({error}); mend or remove it"
+    text = found.get(text_key, 0) if isinstance(found, dict) else None
+    if isinstance(found, dict) and text is None:
+        return b"", ""  # null: a document without text
     # JSON may escape half a surrogate pair, which no UTF-8 can hold.
-    return text.encode("utf-8", "replace") if isinstance(text, str) else None
+    return text.encode("utf-8", "replace") if isinstance(text, str) else None, ""

@@ -39,7 +39,7 @@ from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
 DESCRIBE = "copy the file again, or describe the shards again with `llmscale data describe`"
-TEXT_FORMAT = "llmscale-text"
+TEXT_FORMAT: Literal["llmscale-text"] = "llmscale-text"
 PIECE_BYTES = 512 << 10
 STREAMS = 64
 _MOST_CARD_BYTES = 1 << 28
@@ -50,8 +50,8 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
 class TextCard(Record):
     """What a description is: card.json."""
 
-    format: Literal["llmscale-text"] = "llmscale-text"
-    version: Literal[1] = 1
+    format: Literal["llmscale-text"]
+    version: Literal[1]
     tokenizer_sha256: str
     vocab_size: int = Field(ge=1)
     end_of_document: int
@@ -319,6 +319,8 @@ def describe(
     lines = ",\n".join(shard.model_dump_json() for shard in shards)
     index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
     card = TextCard(
+        format=TEXT_FORMAT,
+        version=1,
         tokenizer_sha256=loaded.sha256,
         vocab_size=loaded.vocab_size,
         end_of_document=loaded.end_of_document,

@@ -1,7 +1,7 @@
 """tiktoken's files of BPE ranks (`*.tiktoken`, Llama 3's tokenizer.model) as the text of a tokenizer.json.
 
 A line is a token in base64 and its rank, which is its id. How text is cut into words before the merges is not in the
-file; it is one of PATTERNS, by the file's name or by --pattern:
+file; it is one of PATTERNS, by the file's name or by --pattern, or a regular expression given there (Oniguruma's):
 
     gpt2      r50k_base, p50k_base and GPT-2
     cl100k    cl100k_base
@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from typing import Any
 
 from llmscale.data.merges import merges
 from llmscale.errors import DataError, UsageError
@@ -72,11 +73,11 @@ def convert(name: str, content: bytes, pattern: str | None) -> str:
         UsageError: the pattern is neither given nor known by the file's name. DataError: the file is damaged.
     """
     import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     ranks = _ranks(name, content)
     chosen = pattern or _pattern(name, len(ranks))
-    letters = _letters()
+    letters = byte_letters()
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     pairs = merges((tuple(token[at : at + 1] for at in range(len(token))) for token in ranks if len(token) > 1), ranks)
     special = _SPECIAL.get((chosen, len(ranks))) or {_END: _lowest_free(ranks)}
@@ -89,7 +90,7 @@ def convert(name: str, content: bytes, pattern: str | None) -> str:
     )
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERNS[chosen]), "isolated"),
+            pre_tokenizers.Split(_expression(chosen), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -119,6 +120,18 @@ def _ranks(name: str, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
+def _expression(pattern: str) -> Any:
+    """The library's expression of a name or of a regular expression."""
+    from tokenizers import Regex
+
+    if pattern not in PATTERNS and re.fullmatch(r"[\w-]*", pattern):
+        raise UsageError(f"--pattern {pattern}: there are {', '.join(PATTERNS)}; name one, or give an expression")
+    try:
+        return Regex(PATTERNS.get(pattern, pattern))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"--pattern {pattern}: no regular expression of Oniguruma's ({error}); mend it") from None
+
+
 def _pattern(name: str, count: int) -> str:
     base = re.split(r"[/\\]", name)[-1].lower()
     found = next((pattern for key, pattern in _FILE_NAMES.items() if key in base), None)
@@ -135,7 +148,7 @@ def _lowest_free(ranks: dict[bytes, int]) -> int:
     return next(number for number in range(len(used) + 1) if number not in used)
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character that stands for each byte in byte-level BPE: itself where it can be seen, else one from 256 on."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -12,9 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmscale.data import sentencepiece_model, tiktoken_file
-from llmscale.errors import DataError, UsageError
+from llmscale.data.durable import temporary, write_whole
+from llmscale.data.tiktoken_file import byte_letters
+from llmscale.errors import DataError, UsageError, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,30 +35,29 @@ USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 class Tokenizer:
     """A tokenizer.json, ready to encode documents."""
 
-    def __init__(self, path: Path, end_of_document: str | int | None = None, pattern: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        end_of_document: str | int | None = None,
+        pattern: str | None = None,
+        content: bytes | None = None,
+    ) -> None:
         """path: a tokenizer.json, a tiktoken file, a sentencepiece model, or a folder with one of them.
 
         end_of_document: the special token that ends a document, or the id of any that is known to; when None the first
         usual one that the vocabulary holds.
-        pattern: how a tiktoken file's text is cut into words; when None by its name.
+        pattern: how a tiktoken file's text is cut into words; when None by its name. content: the text of the
+        tokenizer.json, where it was read before.
         """
-        import tokenizers
-
-        self.path = _file(path)
-        self._pattern = pattern
-        self.content = _read(self.path, pattern)
+        self.path = _file(path) if content is None else path
+        self.content = _read(self.path, pattern) if content is None else content
         """The text of the tokenizer.json, whatever the file is."""
-        try:
-            self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                f"{path}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`"
-            ) from None
+        self._tokenizer = parsed(self.content, str(path))
         self._sentencepiece = _embedded(self.path, self.content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocabulary_size(self._tokenizer)
         self.end_of_document_token, self.end_of_document = self._end(end_of_document)
 
     def _end(self, wanted: str | int | None) -> tuple[str, int]:
@@ -71,11 +70,7 @@ class Tokenizer:
                 )
             return known, wanted
         # Only special tokens: any other might come out of a document's text.
-        special = {
-            token.content: number
-            for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
-            if token.special
-        }
+        special = special_tokens(self._tokenizer)
         names = (wanted,) if wanted else USUAL_ENDS
         name = next((name for name in names if name in special), None)
         if name is None:
@@ -91,8 +86,8 @@ class Tokenizer:
         return found
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Travels to another process as the file's name; read once there."""
-        return _load, (self.path, self.end_of_document_token, self._pattern, self.sha256)
+        """Travels to another process as its content: the file may be a pipe, which gives that once."""
+        return Tokenizer, (self.path, self.end_of_document, None, self.content)
 
     @property
     def sha256(self) -> str:
@@ -129,12 +124,29 @@ def tokenizer_json(path: Path) -> bytes:
     return _read(_file(path), None)
 
 
-@lru_cache(maxsize=1)
-def _load(path: Path, end_of_document: str, pattern: str | None, sha256: str) -> Tokenizer:
-    tokenizer = Tokenizer(path, end_of_document, pattern)
-    if tokenizer.sha256 != sha256:
-        raise DataError(f"{path}: has changed meanwhile; start again")
-    return tokenizer
+def parsed(content: bytes, where: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json.
+
+    Raises:
+        DataError: it is something else.
+    """
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{where}: not a tokenizer.json ({error}); make one with `llmscale data tokenizer`") from None
+
+
+def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """The largest id, and one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
+    """Special token -> its id, by the ids."""
+    found = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {token.content: number for number, token in found if token.special}
 
 
 def _file(path: Path) -> Path:
@@ -202,15 +214,53 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] =
     return str(tokenizer.to_str(pretty=True))
 
 
+def check_special(tokens: Sequence[str]) -> None:
+    """Make sure that no text gives these tokens.
+
+    A spelling that the merges can arrive at is one token with what they make: a text with it would give the special id.
+
+    Raises:
+        UsageError: one is empty, or a word.
+    """
+    for token in tokens:
+        if not token:
+            raise UsageError("--special-token '': is empty; give it a name, such as <|name|>")
+        if _is_word(token):
+            raise UsageError(
+                f"--special-token {shown(token)!r}: is a word that text may hold; use one that text is cut in, such as "
+                f"<|{shown(token)}|>"
+            )
+
+
+def _is_word(token: str) -> bool:
+    """Whether merges may arrive at this spelling: all its letters stand for bytes, and text is not cut between them."""
+    from tokenizers import pre_tokenizers
+
+    letters = byte_letters()
+    if not set(token) <= set(letters):
+        return False
+    text = bytes(map(letters.index, token)).decode(errors="replace")
+    return len(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)) == 1
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that `write` will find its place.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    _written(path, lambda: temporary(path).open("wb").close())
+    temporary(path).unlink()
+
+
 def write(text: str, path: Path) -> None:
     """Write a tokenizer.json whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    _written(path, lambda: write_whole(path, text.encode()))
+
+
+def _written(path: Path, call: Callable[[], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        call()
     except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}; name another --output") from None
+        raise DataError(f"{shown(path)}: cannot be written: {error.strerror}; name another --output") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizers.write(tokenizers.train([sentence(number) for number in range(300)], 400), path)
     return path
+
+
+def tokenizer_of(vocab_size: int) -> bytes:
+    """A tokenizer.json of two words, the id of the first being 0 and that of the other the last."""
+    end = "<|endoftext|>"
+    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    words = {end: 0, "word": vocab_size - 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "word"}
+    return json.dumps({"added_tokens": [{"id": 0, "content": end, "special": True, **marks}], "model": model}).encode()
 
 
 WriteSplit = Callable[..., Path]

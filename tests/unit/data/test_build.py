@@ -17,7 +17,13 @@ from llmscale.data.split import Split
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
-from tests.unit.data.conftest import content
+from tests.unit.data.conftest import content, sentence
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a few documents."""
+    monkeypatch.setattr("llmscale.data.encode._JOB_BYTES", 1 << 12)
 
 
 def documents(folder: Path) -> list[str]:
@@ -112,10 +118,14 @@ def test_what_is_left_out_or_replaced_is_counted(corpus: Path, tokenizer_json: P
     (corpus / "empty.txt").write_text("")
     (corpus / "blank.txt").write_text(" \n\t\n")
     (corpus / "binary.dat").write_bytes(bytes(100))
+    (corpus / "rows.json").write_text('{"text": "row"}\n{"text": null}\n')
+    (corpus / "package.json").write_text('{"name": "x"}')
     (corpus / "latin.txt").write_bytes("überall".encode("latin-1"))
     summary = build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0.0)
-    assert (summary.empty_documents, summary.binary_files, summary.replaced_characters) == (2, 1, 1)
-    assert summary.splits["train"].documents == 121
+    assert (summary.empty_documents, summary.binary_files, summary.replaced_characters) == (3, 1, 1)
+    seen = summary.seen
+    assert (seen.binary_names, seen.json_of_lines, seen.json_as_text) == ((str(corpus / "binary.dat"),), 1, 1)
+    assert summary.splits["train"].documents == 123
     assert "\ufffdberall" in documents(tmp_path / "out/train")
 
 
@@ -156,6 +166,36 @@ def test_an_output_is_replaced_only_when_asked_and_only_when_a_build_wrote_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "home", "out"]
 
 
+def test_what_the_user_has_beside_an_output_or_in_it_is_left_alone(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "keep.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(UsageError, match=r"out\.partial: builds work there, and no build made it; move it away"):
+            build([str(corpus)], tokenizer_json, out, restart=restart)
+    (tmp_path / "out.partial").rename(tmp_path / "out.mine")
+    for overwrite in (False, True):
+        build([str(corpus)], tokenizer_json, out, overwrite=overwrite)
+    assert [(tmp_path / name / "keep.txt").read_text() for name in ("out.old", "out.mine")] == ["mine", "mine"]
+    (out / "train/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds 'train/notes\.txt', which no build wrote"):
+        build([str(corpus)], tokenizer_json, out, overwrite=True)
+    (out / "train/notes.txt").unlink()
+
+    def come_meanwhile(progress: Progress) -> None:
+        (out / "thesis.tex").write_text("mine")
+
+    with pytest.raises(UsageError, match=r"holds 'thesis\.tex', which no build wrote"):
+        build([str(corpus)], tokenizer_json, out, overwrite=True, report=come_meanwhile)
+    (out / "thesis.tex").rename(tmp_path / "out.partial/thesis.tex")
+    build([str(corpus)], tokenizer_json, out, overwrite=True)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["thesis.tex"]
+    assert verify(out) == []
+
+
 def test_an_output_that_would_eat_its_input_is_refused(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--input .*\.txt: lies inside --output"):
         build([str(corpus / "part0")], tokenizer_json, corpus, overwrite=True)
@@ -194,3 +234,50 @@ def test_a_worker_tokenises_on_one_thread(tokenizer_json: Path) -> None:
     command = [sys.executable, "-c", program, str(tokenizer_json)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "0"), result.stderr
+
+
+def test_file_names_that_are_no_text_are_read_and_named(tokenizer_json: Path, tmp_path: Path, small: None) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")).write_text(rows)
+    bad = Path(os.fsdecode(os.fsencode(folder) + b"/two\nlines\xe9.jsonl"))
+    bad.write_text(rows + "bad\n")
+    with pytest.raises(DataError, match=r"two\\nlines\\udce9\.jsonl:100: not a line .*; what was built is kept"):
+        build([str(folder)], tokenizer_json, out, shard_bytes=8192, text_key="text")
+    bad.write_text(rows)
+    assert build([str(folder)], tokenizer_json, out, shard_bytes=8192, workers=2).resumed_documents
+    with pytest.raises(UsageError, match=r"--input .*no\\n: matches no file"):
+        build([str(folder / "no\n")], tokenizer_json, out)
+
+
+def test_a_tokenizer_may_come_from_a_pipe(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(tokenizer_json.read_bytes())
+    build([str(corpus)], Path(f"/dev/fd/{reading}"), tmp_path / "out", workers=2)
+    os.close(reading)
+    build([str(corpus)], tokenizer_json, tmp_path / "same")
+    assert content(tmp_path / "out") == content(tmp_path / "same")
+
+
+@pytest.mark.parametrize("output", ["/", "/proc"])
+def test_an_output_that_cannot_be_renamed_is_refused_before_anything_is_read(
+    corpus: Path, tokenizer_json: Path, output: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"--output {output}: is a mount point, .*; name a folder in it"):
+        build([str(corpus)], tokenizer_json, output)
+
+
+def test_workers_that_do_not_start_are_not_said_to_want_memory(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom llmscale.data.build import build\n"
+        f"build([{str(corpus)!r}], Path({str(tokenizer_json)!r}), {str(tmp_path / 'out')!r}, workers=2)\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert "no worker could be started" in last
+    assert "__main__" in last

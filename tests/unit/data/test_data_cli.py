@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import sentencepiece
 from click.testing import CliRunner, Result
 
 from llmscale.cli.data import command
-from llmscale.data.tokenizer import Tokenizer
+from llmscale.data.tokenizer import Tokenizer, check_special
 from llmscale.errors import LlmscaleError, UsageError
 
 
@@ -69,6 +71,39 @@ def test_results_are_json_where_asked(corpus: Path, tmp_path: Path) -> None:
     assert json.loads(done("verify", output, "--json"))["whole"] is True
 
 
+def test_the_tokenizer_says_what_it_left_out_and_replaces_only_what_it_is_told_to(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "binary.dat").write_bytes(bytes(100))
+    (corpus / "latin.txt").write_bytes("überall".encode("latin-1"))
+    words = ["tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "tok.json"]
+    said = done(*words)
+    assert "1 binary file(s) left out, which hold NUL bytes: " in said and "binary.dat" in said
+    assert "1 character(s) that are not UTF-8 replaced" in said
+    refused = run(*words).exception
+    assert isinstance(refused, UsageError) and "tok.json: is there; name another file, or replace it" in str(refused)
+    assert json.loads(done(*words, "--overwrite", "--json"))["replaced_characters"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "tok.json"]
+
+
+@pytest.mark.parametrize("token", ["", "a", "the", "Ġthe", "###"])
+def test_a_special_token_that_text_gives_is_refused(token: str, corpus: Path, tmp_path: Path) -> None:
+    result = run(
+        "tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "k", "--special-token", token
+    )
+    assert isinstance(result.exception, UsageError)
+    assert "is empty" in str(result.exception) or "is a word that text may hold; use one" in str(result.exception)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_not_trained(corpus: Path, tokenizer_json: Path) -> None:
+    (corpus / "z.jsonl").write_text("read")
+    result = run("tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tokenizer_json / "k")
+    assert "cannot be written" in str(result.exception)
+
+
+@pytest.mark.parametrize("token", ["<x>", "[PAD]", "<|im_start|>", "</s>", "two words", "<｜end｜>"])
+def test_a_special_token_that_no_text_gives_is_taken(token: str) -> None:
+    check_special([token])
+
+
 def test_a_build_that_was_stopped_goes_on_and_copies_are_left_out(
     corpus: Path, tokenizer_json: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +150,10 @@ Arguments = Callable[[Path, Path, Path], list[object]]
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", c / "o"], "lies inside", 2),
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", k.parent], "not empty", 2),
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", t, "--end-of-document", "#"], "#", 2),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", t / "o", "--near-threshold", "0.7"],
+         "does nothing without --dedup near", 2),
+        (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", t / "o", "--max-skipped", "7"],
+         "does nothing without --on-error skip", 2),
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 99, "--output", t / "k"], "at least 257", 2),
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 99999, "--output", t / "k"], "more than", 1),
         (lambda c, k, t: ["tokenizer", "--input", c, "--vocab-size", 300, "--output", t], "is a folder", 2),
@@ -141,6 +180,8 @@ def test_a_mistake_gives_one_clear_line(
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--workers", "0"],
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--shard-size", "big"],
         ["tokenizer", "--input", "x", "--output", "k"],
+        ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "999999999999"],
+        ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "1" + "0" * 22],
         ["inspect"],
         ["verify", "a", "--fast"],
     ],
@@ -191,3 +232,14 @@ def test_a_tokenizer_that_tells_not_enough_is_refused_before_anything_is_read(co
     assert isinstance(result.exception, UsageError)
     assert "say so with --pattern gpt2 or cl100k or llama3 or o200k" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_what_has_no_lengths_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"text"))
+    done("describe", "--input", tmp_path / "a.tar", "--tokenizer", tokenizer_json, "--output", tmp_path / "text")
+    result = run("inspect", tmp_path / "text", "--plot", tmp_path / "x.png")
+    assert isinstance(result.exception, UsageError)
+    assert "x.png: " in str(result.exception) and "describes text" in str(result.exception)

@@ -89,6 +89,15 @@ def test_tables_that_grow_forget_nothing(tmp_path: Path) -> None:
     assert found.kept == 20_000
 
 
+def test_the_disk_has_room_for_what_is_mapped(tmp_path: Path) -> None:
+    """Else a full disk kills the process by a signal."""
+    found = Deduplicator(tmp_path / "kept", 0.8)
+    for count in (1, 5_000):
+        check(found, [f"document number {number}" for number in range(count)])
+        status = (tmp_path / "kept").stat()
+        assert status.st_size <= status.st_blocks * 512
+
+
 def test_a_script_without_spaces_is_compared_by_its_characters() -> None:
     one = "深度学习模型需要大量的训练数据才能取得良好的效果"
     agree = (minima(one) == minima(one + "。再见")).mean()
@@ -122,6 +131,21 @@ def test_a_build_removes_copies_the_same_for_any_number_of_workers(
     assert (about.threshold, about.permutations) == ((0.8, 128) if near else (None, None))
 
 
+def test_white_space_around_a_text_makes_no_other_document(tokenizer_json: Path, tmp_path: Path) -> None:
+    firsts = [sentence(number) for number in range(200)]
+    long = "long line\n" * 110_000 + "end"
+    rows = [*firsts, long, *(f"\n {text}\u3000\n" for text in firsts), f"  {long}\n"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    files = [str(tmp_path / "rows.jsonl"), str(tmp_path / "long.txt")]
+    (tmp_path / "long.txt").write_text(f"\ufeff{long}\n\n")
+    plain = build(files, tokenizer_json, tmp_path / "out", validation_fraction=0.3)
+    exact = build(files, tokenizer_json, tmp_path / "exact", validation_fraction=0.3, dedup="exact")
+    assert exact.exact_duplicates == 202
+    for split, card in exact.splits.items():
+        assert plain.splits[split].documents in (2 * card.documents, 2 * card.documents + 1)
+        assert card.documents > 30
+
+
 def test_boilerplate_that_thousands_share_removes_nothing_and_fills_no_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +168,7 @@ def test_long_documents_are_compared_whole(
     tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmscale.data.documents.PIECE_BYTES", 1 << 12)
-    monkeypatch.setattr("llmscale.data.build._HELD_BYTES", 1 << 11)  # the rest waits on disk
+    monkeypatch.setattr("llmscale.data.held_document._HELD_BYTES", 1 << 11)  # the rest waits on disk
     rng = np.random.default_rng(5)
     long = "\n".join(" ".join(words(rng, 12)) for _ in range(300))
     for name, text in (("a", long), ("b", long + "\nanother end"), ("c", long), ("d", "short")):

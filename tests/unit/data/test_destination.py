@@ -139,6 +139,32 @@ def test_what_lies_in_a_store_is_replaced_only_when_asked_and_only_when_a_build_
         build([str(corpus)], tokenizer_json, place, staging=tmp_path, overwrite=True)
 
 
+def test_files_of_the_user_in_a_store_are_not_removed_with_a_dataset(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    files = fsspec.filesystem("memory")
+    place = f"memory://{tmp_path.name}"
+    own = {f"/{tmp_path.name}/train/img/0001.jpg": b"a", f"/{tmp_path.name}/validation/notes.txt": b"b"}
+    for name, data in own.items():
+        files.pipe_file(name, data)
+        with pytest.raises(
+            UsageError, match=r"holds '(train/img/0001\.jpg|validation/notes\.txt)', which no build wrote"
+        ):
+            build([str(corpus)], tokenizer_json, place, staging=tmp_path, overwrite=True)
+    assert {name: files.cat_file(name) for name in files.find(f"/{tmp_path.name}")} == own
+
+
+def test_a_store_gets_the_report_on_bad_records_too(tokenizer_json: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nbad\n')
+    files, place = fsspec.filesystem("memory"), f"memory://{tmp_path.name}"
+    options: dict[str, Any] = {"staging": tmp_path, "validation_fraction": 0}
+    build([str(tmp_path / "a.jsonl")], tokenizer_json, place, max_skipped=1, **options)
+    assert b"a.jsonl:2: not a line of JSON" in files.cat_file(f"/{tmp_path.name}/skipped.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    build([str(tmp_path / "a.jsonl")], tokenizer_json, place, overwrite=True, **options)
+    assert not files.exists(f"/{tmp_path.name}/skipped.jsonl")
+
+
 def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
     corpus: Path, tokenizer_json: Path, tmp_path: Path, store: Any
 ) -> None:

@@ -71,6 +71,73 @@ def write(path: Path, documents_: list[str] = DOCUMENTS, key: str = "text") -> N
     path.write_bytes(compressed(name, rows))
 
 
+@pytest.mark.parametrize("name", ["A.JSONL", "a.JSON", "a.json", "a.json.gz", "a.json.ZST", "A.Parquet", "A.TAR.GZ"])
+def test_a_format_is_told_by_the_ending_in_any_case_and_lines_of_json_by_the_first(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "plain", DOCUMENTS)
+    lower = name.lower()
+    if lower.endswith((".parquet", ".gz")) and "json" not in lower:
+        write(tmp_path / lower)
+        (tmp_path / lower).rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(compressed(lower, (tmp_path / "plain").read_bytes()))
+    assert texts(tmp_path / name) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "text", ['{\n "text": "one"\n}\n', '{"name": "x"}\n', '["text"]', "", '{"text": 1}\n', "long line\n" * 150_000]
+)
+def test_json_that_is_no_lines_of_text_is_a_text_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert texts(tmp_path / "a.json") == [text]
+    reader = Reader(find([str(tmp_path)]))
+    assert list(reader)
+    assert (reader.seen.json_as_text, reader.seen.json_of_lines) == (1, 0)
+
+
+def test_null_is_a_document_without_text_in_every_format(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "x"}\n')
+    parquet.write_table(pyarrow.table({"text": [None, "x"]}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        members = (("0.json", b'{"text": null}'), ("1.json", b'{"text": null}'), ("1.txt", b"x"))
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for name in ("a.jsonl", "a.parquet", "a.tar"):
+        assert texts(tmp_path / name) == ["", "x"], name
+
+
+def test_a_byte_order_mark_is_no_text_in_any_format(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["\ufeffone"])
+    write(tmp_path / "a.tar", ["\ufeffone"])
+    (tmp_path / "a.txt").write_text("\ufeffone")
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "\ufeffone"}\n')
+    for name in ("a.parquet", "a.tar", "a.txt", "a.jsonl"):
+        assert texts(tmp_path / name) == ["one"], name
+    assert list(documents.texts("\ufeffone".encode())) == [("one", False)]
+
+
+def test_long_rows_of_parquet_are_held_by_the_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
+
+    asked = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def noted(self: object, batch_size: int, **options: object) -> object:
+        asked.append(batch_size)
+        return iter_batches(self, batch_size, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", noted)
+    monkeypatch.setattr("llmscale.data.documents._ROWS_BYTES", 1 << 20)
+    rows = [f"{number} " * 20_000 for number in range(40)] + ["short"] * 40 + ["x" * (2 << 20)] * 40
+    parquet.write_table(pyarrow.table({"id": range(120), "text": rows}), tmp_path / "a.parquet", row_group_size=40,
+                        use_dictionary=False)  # fmt: skip
+    assert texts(tmp_path / "a.parquet") == rows
+    assert (5 < asked[0] < 30, asked[1:]) == (True, [256, 1])
+
+
 def compressed(name: str, data: bytes) -> bytes:
     if name.endswith((".gz", ".tgz")):
         return gzip.compress(data)
@@ -156,7 +223,7 @@ def test_binary_files_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"text\0text")
     reader = Reader(find([str(tmp_path / "a.bin")]))
     assert list(reader) == []
-    assert reader.binary_files == 1
+    assert (reader.seen.binary_files, reader.seen.binary_names) == (1, (str(tmp_path / "a.bin"),))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,20 @@ def test_folders_are_read_in_order_of_path_and_each_file_once(tmp_path: Path) ->
     assert names(find([str(tmp_path / "*.txt")]), root) == ["a.txt"]
 
 
+def test_links_that_are_not_followed_are_told(tmp_path: Path) -> None:
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for path in ("in/a.txt", "in/deep/b.txt", "other/c.txt"):
+        (tmp_path / path).write_text(path)
+    (tmp_path / "in/deep/folder").symlink_to(tmp_path / "other")
+    (tmp_path / "in/broken.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in/.hidden").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in/d.txt").symlink_to(tmp_path / "other/c.txt")
+    links: list[str] = []
+    assert len(find([str(tmp_path / "in")], (), links)) == 3
+    assert links == [str(tmp_path / "in/broken.txt"), str(tmp_path / "in/deep/folder")]
+
+
 def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (before,) = find([str(tmp_path)])

@@ -69,3 +69,22 @@ def test_documents_that_end_with_an_unusual_token_are_decoded(corpus: Path, tmp_
     tokenizers.write(tokenizers.train([TEXT] * 9, 270, ["<|stop|>"]), path)
     build([str(corpus)], path, tmp_path / "data", end_of_document="<|stop|>")
     assert all(one.documents for one in describe(tmp_path / "data"))
+
+
+def test_a_tokenizer_that_is_not_the_dataset_s_is_named(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0)
+    path = tmp_path / "out/train/tokenizer.json"
+    path.write_text(path.read_text().replace("the", "teh"))
+    with pytest.raises(DataError, match=r"tokenizer\.json: not the tokenizer that made the shards"):
+        describe(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json: is missing"):
+        describe(tmp_path / "out")
+    assert describe(tmp_path / "out", 0)
+
+
+def test_parts_are_described_each(corpus: Path, tokenizer_json: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        build([str(corpus)], tokenizer_json, tmp_path / "out", validation_fraction=0, part=(number, 2))
+    for place in ("out", "out/part-*", "out/part-*/train"):
+        assert [one.card.documents for one in describe(str(tmp_path / place), 1)] == [60, 60]

@@ -25,13 +25,14 @@ from llmscale.data.token_source import TokenSource
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 
-from .conftest import WriteSplit
+from .conftest import WriteSplit, tokenizer_of
 from .servers import Proxy, proxy, s3, upload
 
 __all__ = ["proxy", "s3"]
 ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = [(number * 7) % 50 for number in range(60)]
 LENGTH = 16
+TOKENIZER = tokenizer_of(1 << 16)
 CALM = Patience(attempt_seconds=60.0, total_seconds=120.0, first_delay_seconds=0.02, longest_delay_seconds=0.1)
 HASTY = Patience(attempt_seconds=0.3, total_seconds=1.0, first_delay_seconds=0.02, longest_delay_seconds=0.1)
 
@@ -67,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for length in LENGTHS:
         writer.add(np.arange(first, first + length, dtype=np.uint16), True, True)
         first += length
-    writer.finish(b"{}", 1 << 16)
+    writer.finish(TOKENIZER, 1 << 16)
     return folder
 
 
@@ -102,7 +103,7 @@ def test_a_store_gives_the_sequences_and_the_order_of_the_folder(
     again = source(Split(place, cache, CALM))
     assert np.array_equal(read(again), local)
     assert proxy.requests["index.json"] == 1
-    assert again.tokenizer.read_bytes() == b"{}"
+    assert again.tokenizer.read_bytes() == TOKENIZER
 
 
 @pytest.mark.parametrize("action", ["error", "stall", "truncate", "flip"])

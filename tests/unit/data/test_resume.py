@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -82,12 +86,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"shard_bytes": 1 << 13, "validation_fraction": 0.2}, 40),
         ({"shard_bytes": 1 << 13, "validation_fraction": 0.2, "dedup": "near"}, 60),
+        ({"shard_bytes": 1 << 13, "max_skipped": 130}, 40),
     ],
 )
 def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(
     tokenizer_json: Path, tmp_path: Path, small: None, options: dict[str, object], turns: int
 ) -> None:
     rows = written(tmp_path)
+    if "max_skipped" in options:
+        rows.write_text(rows.read_text().replace('"Document 2', '"Document 2"'))
     build([str(rows)], tokenizer_json, tmp_path / "whole", **options)  # type: ignore[arg-type]
     arguments = [[str(rows), str(tokenizer_json), str(tmp_path / "out")], options, turns]
     result = subprocess.run(
@@ -170,6 +177,37 @@ def test_what_was_read_must_not_have_changed(corpus: Path, tokenizer_json: Path,
     assert verify(out) == []
 
 
+def test_a_file_that_came_before_the_one_being_read_is_not_called_a_change_of_it(
+    tokenizer_json: Path, tmp_path: Path, small: None
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    good = "".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(99))
+    (folder / "b.jsonl").write_text(good + "bad\n")
+    with pytest.raises(DataError, match="what was built is kept"):
+        build([str(folder)], tokenizer_json, out, shard_bytes=4096)
+    (folder / "a.txt").write_text("new")
+    with pytest.raises(
+        UsageError, match=r"in/a\.txt stands where the unfinished build was reading .*in/b\.jsonl; a file"
+    ):
+        build([str(folder)], tokenizer_json, out, shard_bytes=4096)
+    (folder / "a.txt").unlink()
+    (folder / "b.jsonl").write_text(good)
+    assert build([str(folder)], tokenizer_json, out, shard_bytes=4096).resumed_documents
+
+
+def test_a_lock_that_was_let_go_in_the_same_moment_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.flock
+
+    def flock(file: io.TextIOBase, how: int) -> None:
+        next(tmp_path.glob(".*")).unlink()  # by a build that ends just now; a third one may make the file anew
+        real(file.fileno(), how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="another build is writing it"), journal.held(tmp_path / "out.partial", "out"):
+        pass
+
+
 def test_other_options_are_refused_and_the_unfinished_build_stays(
     corpus: Path, tokenizer_json: Path, stopped: Path
 ) -> None:
@@ -186,3 +224,77 @@ def test_a_damaged_unfinished_build_says_so(corpus: Path, tokenizer_json: Path, 
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"out\.partial.*; .*--restart"):
         build([str(corpus)], tokenizer_json, stopped, shard_bytes=8192)
+
+
+def broken(folder: Path) -> list[str]:
+    """Inputs with five records that are no documents, among 120 that are."""
+    (folder / "a.jsonl").write_text(
+        "".join(f"{{bad {number}\n" if number % 40 == 9 else json.dumps({"text": sentence(number)}) + "\n"
+                for number in range(120))
+    )  # fmt: skip
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for name, data in (("0.txt", b"zero"), ("1.json", b"{"), ("2.cls", b"2"), ("3.txt", b"three")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return [str(folder / "a.jsonl"), str(folder / "b.tar")]
+
+
+def test_bad_records_are_passed_over_where_asked_named_and_counted(
+    tokenizer_json: Path, tmp_path: Path, small: None
+) -> None:
+    inputs = broken(tmp_path)
+    with pytest.raises(DataError, match=r"a\.jsonl:10: not a line .*; or pass such records over with --on-error skip"):
+        build(inputs, tokenizer_json, tmp_path / "out")
+    for workers in (1, 2):
+        summary = build(inputs, tokenizer_json, tmp_path / f"out{workers}", workers=workers, max_skipped=5)
+    assert content(tmp_path / "out1") == content(tmp_path / "out2")
+    assert verify(tmp_path / "out1") == []
+    train = summary.splits["train"]
+    assert (summary.skipped_records, train.skipped_records) == (5, 5)
+    assert sum(card.documents for card in summary.splits.values()) == 117 + 2
+    named = [json.loads(line)["problem"] for line in (tmp_path / "out1/skipped.jsonl").read_text().splitlines()]
+    places = ["a.jsonl:10: ", "a.jsonl:50: ", "a.jsonl:90: ", "b.tar: member '1.json' is not JSON", "b.tar: sample '2'"]
+    assert all(place in problem for place, problem in zip(places, named, strict=True))
+    whole = build(inputs[1:], tokenizer_json, tmp_path / "out1", max_skipped=2, overwrite=True, validation_fraction=0)
+    assert whole.splits["train"].documents == 2
+
+
+def test_more_bad_records_than_are_allowed_stop_a_build_which_goes_on(
+    tokenizer_json: Path, tmp_path: Path, small: None
+) -> None:
+    inputs = broken(tmp_path)
+    out, options = tmp_path / "out", {"shard_bytes": 4096, "validation_fraction": 0}
+    with pytest.raises(DataError, match=r"a\.jsonl:90: not .*; more than the 2 that --max-skipped .* goes on"):
+        build(inputs, tokenizer_json, out, max_skipped=2, **options)  # type: ignore[arg-type]
+    summary = build(inputs, tokenizer_json, out, max_skipped=9, **options)  # type: ignore[arg-type]
+    assert (summary.resumed_documents > 0, summary.skipped_records) == (True, 5)
+    build(inputs, tokenizer_json, tmp_path / "whole", max_skipped=9, **options)  # type: ignore[arg-type]
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_full_disk_loses_nothing_and_the_advice_keeps_what_there_is(
+    corpus: Path, tokenizer_json: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, fsync = 12, os.fsync
+
+    def full(file: int) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "out"
+    kept = r"out: cannot be written: No space left on device; free some space: what was built is kept: the same command"
+    with pytest.raises(DataError, match=kept):
+        build([str(corpus)], tokenizer_json, out, shard_bytes=8192)
+    with pytest.raises(
+        DataError, match=r"other: cannot be written: No space .*; free some space, or name another --ou"
+    ):
+        build([str(corpus)], tokenizer_json, tmp_path / "other", shard_bytes=8192)
+    room = 1 << 30
+    assert build([str(corpus)], tokenizer_json, out, shard_bytes=8192).resumed_documents
+    build([str(corpus)], tokenizer_json, tmp_path / "whole", shard_bytes=8192)
+    assert content(out) == content(tmp_path / "whole")

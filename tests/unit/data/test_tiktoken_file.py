@@ -16,7 +16,7 @@ from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from llmscale.data import tokenizer as tokenizers
-from llmscale.data.tiktoken_file import _LLAMA3, PATTERNS, _letters
+from llmscale.data.tiktoken_file import _LLAMA3, PATTERNS, byte_letters
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.errors import DataError, UsageError
 
@@ -61,7 +61,7 @@ def ranks() -> dict[bytes, int]:
 
     rows = [f"The stream's {n % 17} tokens, I'LL say; über größe 日本語 {n * 977}!\n\n\t  // Rank" for n in range(500)]
     library = Library.from_str(tokenizers.train(rows, 700))
-    byte = {letter: number for number, letter in enumerate(_letters())}
+    byte = {letter: number for number, letter in enumerate(byte_letters())}
     words = sorted((number, word) for word, number in library.get_vocab().items() if number)
     return {bytes(byte[letter] for letter in word): number - 1 for number, word in words}
 
@@ -218,3 +218,15 @@ def test_damaged_files_are_refused_with_their_line(
 def test_a_pattern_is_for_tiktoken_files_alone(tokenizer_json: Path) -> None:
     with pytest.raises(UsageError, match=r"--pattern gpt2: is for tiktoken files, which .*\.json is not"):
         Tokenizer(tokenizer_json, pattern="gpt2")
+
+
+def test_a_pattern_may_be_an_expression(tmp_path: Path) -> None:
+    path = tmp_path / "own.tiktoken"
+    tokens = [bytes([byte]) for byte in range(256)] + [b"12", b"ab"]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    assert Tokenizer(path, pattern="gpt2").encode("ab12").tolist() == [257, 256]
+    assert Tokenizer(path, pattern=r"\p{N}|\p{L}+").encode("ab12").tolist() == [257, 0x31, 0x32]
+    with pytest.raises(UsageError, match=r"--pattern cl100: there are gpt2, cl100k, llama3, o200k; name one, or give"):
+        Tokenizer(path, pattern="cl100")
+    with pytest.raises(UsageError, match=r"--pattern \(: no regular expression of Oniguruma's"):
+        Tokenizer(path, pattern="(")
