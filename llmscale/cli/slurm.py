@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -191,26 +193,19 @@ def preflight_command(
     from llmscale.slurm import preflight
     from llmscale.slurm.task import of_job
 
-    stop.listen()  # a look takes seconds: it ends before the job does
     if folder is not None and judge is not None:
         bad = preflight.judge(folder, preflight.nodes_of(judge))
         for node, reasons in bad.items():
             for reason in reasons:
                 click.echo(of_job(f"bad node {node}: {reason}"), err=True)
-        if bad:
-            click.echo(json.dumps(bad) if as_json else ",".join(bad))
         return 3 if bad else 0
+    stop.listen()  # what takes seconds ends before the job does
     if folder is not None and reduce:
-        from llmscale.distributed.launch import Launch, quiet_imports
-
-        launch = Launch.from_environment()
-        launch.export()
-        quiet_imports()
-        figures = preflight.all_reduce(folder, launch, timedelta(seconds=120))
+        figures = _all_reduce(folder)
         if figures:
             text = f"{figures['ranks']} ranks, {figures['mib']} MiB: right, {figures['bus_gib_per_second']:.2f} GiB/s"
             click.echo(json.dumps(figures) if as_json else f"all-reduce of {text} on the bus")
-        return 0
+        return _stopped()
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmscale-")))
         report = preflight.look(place, gpus, check)
@@ -221,47 +216,124 @@ def preflight_command(
     elif not report.wrong and folder is None:
         click.echo(f"{report.node}: {len(report.gpus)} GPU(s), {report.memory_gib:.0f} GiB of memory, nothing wrong")
     # In a job every node reports, and the judgement comes after.
-    return 3 if report.wrong and folder is None else 0
+    return 3 if report.wrong and folder is None else _stopped()
+
+
+def _all_reduce(folder: Path) -> dict[str, Any] | None:
+    from llmscale.distributed.launch import Launch, quiet_imports
+    from llmscale.slurm import preflight
+    from llmscale.slurm.outcome import Outcome, tell
+
+    try:
+        launch = Launch.from_environment()
+        launch.export()
+        quiet_imports()
+        return preflight.all_reduce(folder, launch, timedelta(seconds=120))
+    except LlmscaleError as error:
+        tell(Outcome("failed", str(error), retry=error.exit_code != 2))
+        raise
+    except Exception as error:
+        tell(Outcome("failed", f"all-reduce: {type(error).__name__}: {error}"))
+        raise
+
+
+def _stopped() -> int:
+    """The exit code of what may have been asked to stop meanwhile."""
+    from llmscale.distributed import stop
+    from llmscale.slurm.outcome import Outcome, tell
+
+    if (name := stop.received()) is None:
+        return 0
+    tell(Outcome("stopped", name, 0))
+    return stop.STOPPED
 
 
 @command.command("task", hidden=True, context_settings=WORDS)
 @click.option("--logs", type=click.Path(path_type=Path))
+@click.option("--seconds", type=float)
 @click.argument("words", nargs=-1, required=True)
-def task_command(logs: Path | None, words: tuple[str, ...]) -> int:
+def task_command(logs: Path | None, seconds: float | None, words: tuple[str, ...]) -> int:
     """A task of srun: runs `llmscale WORDS`, each line with its time, node and rank."""
     from llmscale.slurm.task import run
 
-    return run(words, logs)
+    return run(words, logs, seconds)
+
+
+def of_a_start(function: Callable[..., None]) -> Callable[..., None]:
+    """The options by which a job's script says which start it is, and by which rules the run goes on."""
+    for option in (
+        click.option("--folder", type=click.Path(path_type=Path), required=True),
+        click.option("--job", type=int, required=True),
+        click.option("--start", type=int, required=True),
+        click.option("--checkpoints", required=True),
+        click.option("--restart", type=click.Choice(["requeue", "chain", "never"]), required=True),
+        click.option("--limit", type=int, required=True),
+        click.option("--exclude/--no-exclude", default=True),
+    ):
+        function = option(function)
+    return function
+
+
+@command.command("begin", hidden=True)
+@of_a_start
+def begin_command(folder: Path, job: int, start: int, **rules: Any) -> None:
+    """Whether the job's script goes on: prints one word, and the reason on standard error where it does not."""
+    from llmscale.slurm.after import Rules, begin
+    from llmscale.slurm.task import of_job
+
+    with _records(folder):
+        word, reason = begin(folder, job, start, Rules(**rules))
+    if word != "run":
+        click.echo(of_job(f"nothing to do: {reason}"), err=True)
+    click.echo(word)
 
 
 @command.command("after", hidden=True)
-@click.option("--folder", type=click.Path(path_type=Path), required=True)
-@click.option("--job", type=int, required=True)
-@click.option("--start", type=int, required=True)
+@of_a_start
+@click.option("--phase", type=click.Choice(["preflight", "run"]), required=True)
 @click.option("--code", type=int, required=True)
-@click.option("--state", required=True)
-@click.option("--checkpoints", required=True)
-@click.option("--restart", type=click.Choice(["requeue", "chain", "never"]), required=True)
-@click.option("--limit", type=int, required=True)
+@click.option("--checks", type=click.Path(path_type=Path), required=True)
+@click.option("--nodes", required=True)
 def after_command(
     folder: Path,
     job: int,
     start: int,
+    phase: Literal["preflight", "run"],
     code: int,
-    state: str,
-    checkpoints: str,
-    restart: Literal["requeue", "chain", "never"],
-    limit: int,
+    checks: Path,
+    nodes: str,
+    **rules: Any,
 ) -> None:
-    """What the job's script does next: prints one word, and the reason on standard error."""
-    from llmscale.slurm.after import End, decide
+    """What the job's script does next. Reads what `scontrol show job` says; prints a word, and the reason on standard
+    error. After the word may stand nodes to leave out, and jobs that are to be told of them.
+    """
+    from llmscale.slurm.after import SIGNALLED, End, Rules, decide
+    from llmscale.slurm.commands import JobState
     from llmscale.slurm.outcome import told
+    from llmscale.slurm.preflight import judge
     from llmscale.slurm.task import of_job
 
-    outcome = told(folder / f"outcome_{job}_{start}.json")
+    names = [name for name in nodes.split(",") if name]
+    end = End(
+        job=job,
+        start=start,
+        phase=phase,
+        code=code,
+        state=JobState.of(sys.stdin.read(), start),
+        outcome=told(folder / f"outcome_{job}_{start}.json"),
+        nodes=len(names),
+        bad=judge(checks, names) if phase == "preflight" and code not in (0, *SIGNALLED) else {},
+    )
+    click.echo(of_job(f"==== the start ended with exit code {code}; the job is {end.state.name}"), err=True)
+    with _records(folder):
+        made = decide(folder, end, Rules(**rules))
+    click.echo(of_job(f"{made.reason}: {made.word}"), err=True)
+    click.echo(" ".join([made.word, ",".join(made.excluded), *map(str, made.jobs)]).strip())
+
+
+@contextmanager
+def _records(folder: Path) -> Iterator[None]:
     try:
-        word, reason = decide(folder, End(job, start, code, state, outcome), checkpoints, restart, limit)
+        yield
     except OSError as error:
         raise LlmscaleError(f"{folder}: the records cannot be written: {error.strerror}") from None
-    click.echo(of_job(f"{reason}: {word}"), err=True)
-    click.echo(word)

@@ -129,6 +129,14 @@ class Launch:
             env.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def whose() -> dict[str, str]:
+    """What tells this process from those of other starts of its run: the job and its start, the host, the process."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    start = str(int(restarts) + 1) if restarts.isdigit() else restarts
+    names = {"job": job, "start": start} if job else {}
+    return {**names, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "process": str(os.getpid())}
+
+
 def _means_this_machine(address: str) -> bool:
     """Whether a name or an address is every machine's own. Debian gives a machine's own name 127.0.1.1."""
     return address in ("localhost", "localhost.localdomain", "::1") or address.startswith("127.0.")

@@ -29,6 +29,7 @@ MOST_SKEW_SECONDS = 5.0
 MOST_USED_MIB = 1024
 """Memory of a GPU that something else may hold before the run begins."""
 REDUCED_BYTES = 64 << 20
+ABSENT = "absent_ranks.json"
 _QUERY = ("index", "name", "driver_version", "memory.used", "clocks.sm", "clocks.max.sm",
           "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown")  # fmt: skip
 
@@ -145,10 +146,18 @@ def judge(folder: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
         for node, report in reports.items():
             if abs(report.skew - middle) > MOST_SKEW_SECONDS:
                 bad.setdefault(node, []).append(f"its clock is {report.skew - middle:+.1f} s off the others'")
-    for path in sorted(folder.glob("absent_*.json")):
-        for node, ranks in json.loads(path.read_text()).items():
-            bad.setdefault(node, []).append(f"rank(s) {ranks} did not come to the all-reduce")
+    for node, ranks in _absent(folder).items():
+        bad.setdefault(node, []).append(f"rank(s) {ranks} did not come to the all-reduce")
     return bad
+
+
+def _absent(folder: Path) -> dict[str, list[int]]:
+    """Node -> ranks that did not come; nothing where nothing whole was written."""
+    try:
+        found = json.loads((folder / ABSENT).read_text())
+        return {str(node): list(ranks) for node, ranks in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _odd_ones(key: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -218,7 +227,7 @@ def meet(folder: Path, launch: Launch, timeout: timedelta) -> None:
         nodes: dict[str, list[int]] = {}
         for rank in missing:
             nodes.setdefault(node_of(rank, launch), []).append(rank)
-        (folder / "absent_ranks.json").write_text(json.dumps(nodes))
+        (folder / ABSENT).write_text(json.dumps(nodes))
     raise LlmscaleError(f"rank(s) {missing} of {launch.world_size} did not come in {timeout.seconds} s")
 
 

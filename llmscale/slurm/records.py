@@ -83,7 +83,10 @@ class Submission:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start that ended. step: the newest checkpoint's. decision: requeue, next, done or stop."""
+    """One start that ended. step: the newest checkpoint's. decision: the word of `after`.
+
+    interrupted: Slurm ended it, for reasons of its own. bad_nodes: that preflight found.
+    """
 
     job: int
     start: int
@@ -93,6 +96,8 @@ class Attempt:
     step: int
     decision: str
     ended: str
+    interrupted: bool = False
+    bad_nodes: tuple[str, ...] = ()
 
 
 def attempts(folder: Path) -> list[Attempt]:
@@ -100,7 +105,8 @@ def attempts(folder: Path) -> list[Attempt]:
     path = folder / ATTEMPTS
     if not path.exists():
         return []
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [Attempt(**{**row, "bad_nodes": tuple(row.get("bad_nodes", ()))}) for row in rows]
 
 
 def add_attempt(folder: Path, attempt: Attempt) -> None:

@@ -69,11 +69,11 @@ def test_every_setting_is_an_option(here: Path) -> None:
     for option in (
         "job-name=mine", "partition=gpu", "account=p1", "qos=long", "reservation=r", "nodes=4", "ntasks-per-node=4",
         "gpus-per-node=h100:4", "cpus-per-task=12", "mem=480G", "time=1-00:00:00", "constraint=a&b",
-        "exclude=node[07-09]", "nodelist=n1", "switches=1", "signal=USR1@300", "exclusive", "requeue",
+        "exclude=node[07-09]", "nodelist=n1", "switches=1", "signal=B:USR1@300", "exclusive", "requeue",
     ):  # fmt: skip
         assert f"#SBATCH --{option}\n" in text
     assert "on_all=(--cpu-bind=none --cpus-per-task=12)" in text
-    assert "module load cuda/12.8\n" in text and "export A='b c'\n" in text
+    assert "\nmodule load cuda/12.8 || fail " in text and "export A='b c'\n" in text
     assert "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0\n" in text
     assert f"-- pretrain {here}/run.yaml parallel.tensor=4" in text
 
