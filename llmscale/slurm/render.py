@@ -113,6 +113,7 @@ def render(job: Job) -> str:
                 ],
                 "preflight_options": [
                     "--gpus", "1" if settings.gpus else str(settings.gpus_per_node),
+                    *(["--exclusive"] if settings.exclusive else []),
                     *(["--check", str(job.folder / settings.node_check)] if settings.node_check else []),
                 ],
             }

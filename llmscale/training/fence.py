@@ -43,7 +43,7 @@ class Fence:
             raise UsageError(f"{reason}; name a folder that can be") from None
 
     def held(self) -> bool:
-        """Whether it is still ours, as far as this rank can tell: a file system that fails for a moment takes nothing."""
+        """Whether it is still ours, as far as this rank can tell: a file system that fails for a moment takes none."""
         try:
             return not self._reads or self._path.read_text() == self._own
         except OSError:

@@ -16,7 +16,8 @@ from llmscale.cli.slurm import command
 from llmscale.config.load import load, load_slurm
 from llmscale.config.slurm import seconds_of
 from llmscale.errors import ConfigError, UsageError
-from llmscale.slurm.submit import foreseen, plan
+from llmscale.slurm.foreseen import foreseen
+from llmscale.slurm.submit import plan
 
 RUN: dict[str, Any] = {
     "run": {"name": "mine", "output_dir": "runs/mine"},
