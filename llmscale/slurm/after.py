@@ -143,7 +143,8 @@ def _decide(folder: Path, end: End, attempt: Attempt, rules: Rules) -> Decision:
     if said := _too_often(folder, attempt.step, rules.limit, attempt):
         return Decision("stop", f"{what}; {said}")
     excluded = tuple(dict.fromkeys([*end.state.excluded, *end.bad])) if end.bad else ()
-    goes_on = f"{what}; goes on from step {attempt.step}" + (f", without {','.join(end.bad)}" if end.bad else "")
+    goes_on = f"going on without {','.join(end.bad)} from step" if end.bad else "goes on from step"
+    goes_on = f"{what}; {goes_on} {attempt.step}"
     if rules.restart == "requeue":
         return Decision("requeue", goes_on, excluded)
     jobs = submission.jobs if (submission := _submission(folder)) is not None else ()

@@ -69,7 +69,7 @@ def run(words: Sequence[str], logs: Path | None = None, seconds: float | None = 
         return STOPPED
     why = "; often the node's memory ran out" if -code == signal.SIGKILL else ""
     if late.is_set():
-        why = f": {' '.join(words[:2])} took longer than {seconds:.0f} s"
+        why = f": {' '.join(words[:2])} took longer than {seconds:g} s"
     text = f"rank {rank} on {node} was ended by {name}{why}"
     tell(Outcome("failed", text))
     mark(f"error: {text}\n".encode())

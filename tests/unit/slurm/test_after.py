@@ -53,7 +53,12 @@ def bad(*names: str) -> dict[str, list[str]]:
         (end(None, 85, phase="preflight"), "requeue", "requeue", "stopped by a signal"),
         (end(None, 139, phase="preflight"), "requeue", "requeue", "preflight ended with exit code 139 and no word"),
         (end(None, 137, phase="preflight"), "requeue", "requeue", "preflight ended with exit code 137 and no word"),
-        (end(None, 1, phase="preflight", nodes=1, bad=bad("n1")), "requeue", "requeue", "step 30, without n1"),
+        (
+            end(None, 1, phase="preflight", nodes=1, bad=bad("n1")),
+            "requeue",
+            "requeue",
+            "going on without n1 from step 30",
+        ),
         (end(None, 1, phase="preflight", nodes=2, bad=bad("n1")), "never", "stop", "bad node(s): n1: link 3 is down"),
         (end(None, 1, phase="preflight", nodes=3, bad=bad("n1", "n2")), "requeue", "stop", "the check itself"),
         (end(STOPPED), "requeue", "requeue", "stopped by SIGUSR1 after step 30; goes on from step 30"),
