@@ -96,7 +96,8 @@ def begin(folder: Path, job: int, start: int, rules: Rules) -> tuple[Word, str]:
     for other, number in before:
         if (other, number) not in known:
             reason = "lost: its node failed, or it was ended before it could tell"
-            add_attempt(folder, Attempt(other, number, -1, "lost", reason, step, "requeue", _now()))
+            word = "next" if rules.restart == "chain" else "requeue"
+            add_attempt(folder, Attempt(other, number, -1, "lost", reason, step, word, _now()))
     if said := _too_often(folder, step, rules.limit):
         ended.write_text(f"stop: {said}\n")
         return "stop", said

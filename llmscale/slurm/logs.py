@@ -13,7 +13,8 @@ from llmscale.slurm.status import current
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 15.0
-"""How often the queue is asked whether the jobs live: its daemon serves a whole cluster."""
+ENDED_SECONDS = 2.0
+"""How often the queue is asked whether the jobs live, and once the run is over: its daemon serves a whole cluster."""
 
 
 def existing(submission: Submission, task: int | None = None) -> list[Path]:
@@ -94,7 +95,7 @@ def follow(submission: Submission, task: int | None, count: int, write: Callable
     asked, alive = -ASK_SECONDS, True
     while alive:
         now = time.monotonic()
-        if now - asked > ASK_SECONDS or (submission.folder / ENDED).exists():
+        if now - asked > (ENDED_SECONDS if (submission.folder / ENDED).exists() else ASK_SECONDS):
             asked, alive = now, any(not job.over for job in queue(submission.jobs))
         # After the question: what was written before the last job ended is shown.
         for path in existing(submission, task):

@@ -64,7 +64,7 @@ def look(folder: Path, gpus: int, check: str | None = None, exclusive: bool = Fa
     if exclusive and (free := _available_gib(MEMINFO)) is not None and free < report.memory_gib / 2:
         report.wrong.append(f"only {free:.0f} GiB of its {report.memory_gib:.0f} GiB of memory can be had")
     if gpus:
-        _look_at_gpus(report, gpus)
+        _look_at_gpus(report, gpus, exclusive)
     if full := _full(folder):
         report.wrong.append(full)
     if check is not None:
@@ -90,7 +90,7 @@ def _available_gib(meminfo: Path) -> float | None:
     return int(found[1]) / 2**20 if found else None
 
 
-def _look_at_gpus(report: Report, wanted: int) -> None:
+def _look_at_gpus(report: Report, wanted: int, exclusive: bool) -> None:
     if shutil.which("nvidia-smi") is None:
         report.wrong.append(f"has no nvidia-smi, and slurm.gpus_per_node is {wanted}")
         return
@@ -104,7 +104,8 @@ def _look_at_gpus(report: Report, wanted: int) -> None:
         return
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     rows = [[cell.strip() for cell in line.split(",")] for line in said]
-    report.gpus = _ours([dict(zip(_QUERY, row, strict=True)) for row in rows if len(row) == len(_QUERY)])
+    shown = [dict(zip(_QUERY, row, strict=True)) for row in rows if len(row) == len(_QUERY)]
+    report.gpus = shown if exclusive else _ours(shown)
     words = [line for line, row in zip(said, rows, strict=True) if len(row) != len(_QUERY)]
     if done.returncode or words:
         code = f" with exit code {done.returncode}" if done.returncode else ""

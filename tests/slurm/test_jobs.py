@@ -123,6 +123,7 @@ def test_no_value_becomes_a_command(cluster: Cluster, tokens: Path, tmp_path: Pa
     ids=str,
 )
 def test_sbatch_would_take_it(cluster: Cluster, tokens: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    (tmp_path / "i m.sif").touch()
     job = Job(cluster, tmp_path, tokens, {"memory": "0", **keys}, training={"global_batch_size": 48})
     done = job.llmscale("slurm", "submit", "run.yaml", "--dry-run")
     assert done.returncode == 0 and "to start at" in done.stdout, done.stderr

@@ -116,6 +116,8 @@ def test_gpus_of_other_jobs_are_none_of_ours(tmp_path: Path, smi: Path, monkeypa
     monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
     assert look(tmp_path, 2).wrong == []
     assert look(tmp_path, 3).wrong == ["shows 2 GPU(s), and slurm.gpus_per_node is 3"]
+    # Where the node is ours alone, whatever this step was given of it.
+    assert "GPU 5: something holds 70000 MiB of its memory" in look(tmp_path, 2, exclusive=True).wrong
 
 
 def test_memory_that_something_holds_on_a_node_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

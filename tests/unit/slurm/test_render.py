@@ -29,13 +29,6 @@ RUN: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "data").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def write(here: Path, slurm: dict[str, Any], **more: Any) -> Path:
     path = here / "run.yaml"
     path.write_text(yaml.safe_dump({**RUN, **more, "slurm": slurm}))
@@ -168,10 +161,6 @@ def checked(config: Path, overrides: list[str]) -> None:
         ({"environment": {"A": True}}, r"slurm.environment.A: is read as YAML's true, not as text; write it in quotes"),
         ({"environment": {"A": 0.10}}, r'slurm.environment.A: is read as YAML.s 0.1, .*quotes: "0.1"'),
         ({"container": {"runtime": "apptainer", "image": "no.sif"}}, "container.image: there is nothing at no.sif"),
-        (
-            {"container": {"runtime": "pyxis", "image": "reg#a:1", "mounts": ["data", "/nowhere:/a"]}},
-            r"container.mounts\[1\]: there is nothing at /nowhere",
-        ),
         ({"partitoin": "gpu"}, "did you mean slurm.partition"),
         ({"gpus_per_node": 3}, "parallel.tensor|global_batch_size|divi"),
     ],

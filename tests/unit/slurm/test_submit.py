@@ -22,19 +22,16 @@ STUBS = {
 }
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "bin").mkdir()
+@pytest.fixture(autouse=True)
+def slurm(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "bin").mkdir()
     for name, text in STUBS.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+        (here / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (here / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "state"))
+    monkeypatch.setenv("CALLS", str(here / "calls"))
     monkeypatch.setenv("QUEUED", "")
-    return tmp_path
 
 
 def typed(*words: str) -> Any:
@@ -47,8 +44,8 @@ def test_the_job_runs_what_was_checked(here: Path) -> None:
     (here / "own.json").write_text('{"zero_optimization": {"stage": 2}}')
     (here / "model.yaml").write_text(yaml.safe_dump({**RUN["model"], "num_layers": 7}))
     (here / "cluster.yaml").write_text("partition: gpu\nnodes: 2\n")
-    slurm = {"cluster": "cluster.yaml", "environment": {"A": 1}}
-    path = write(here, slurm, model={"preset": "model.yaml"}, deepspeed="own.json")
+    settings = {"cluster": "cluster.yaml", "environment": {"A": 1}}
+    path = write(here, settings, model={"preset": "model.yaml"}, deepspeed="own.json")
     assert typed("submit", str(path), "training.steps=50", "parallel.tensor=2") == 0
     for name in ("own.json", "model.yaml", "cluster.yaml", "run.yaml"):
         (here / name).write_text("edited while it waits")
