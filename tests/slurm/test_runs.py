@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmscale.slurm.records import find
 from tests.distributed.processes import command, in_processes
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
@@ -173,8 +174,10 @@ def test_a_bad_node_is_left_out_and_a_lost_one_is_replaced(cluster: Cluster, tok
         cluster.kill_slurmd(node)
         job.until(lambda: job.state() != "RUNNING", "Slurm to see that the daemon is gone")
         job.until(lambda: job.state() == "RUNNING" and job.node() == third, "the start in its place")
-        job.until(lambda: "another start writes there now (job " in job.log(), "the orphan to end")
         job.until(lambda: job.log().count("resumes after step ") == 1, "the next start")
+        told = find(str(job.run)).folder / f"outcome_{number}_1.json"  # its srun is gone, and nobody logs what it says
+        job.until(told.exists, "the orphan to end")
+        assert f"another start writes there now (job {number}, start 3, host {third}" in told.read_text()
         job.until_step(job.step() + 50)
         steps = [row["step"] for row in job.rows()]
         assert steps == sorted(set(steps))
