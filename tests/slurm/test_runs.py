@@ -214,7 +214,8 @@ def test_a_signal_before_there_is_anything_to_save(cluster: Cluster, tokens: Pat
 
 def test_what_no_start_would_mend_is_not_tried_again(cluster: Cluster, tokens: Path, tmp_path: Path) -> None:
     # Smaller than the data's: seen in the job. Which hears of it, though its tasks would get no variable of it.
-    job = Job(cluster, tmp_path, tokens, {"extra": ["--export=NONE"]}, model={"vocab_size": 50})
+    here = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    job = Job(cluster, tmp_path, tokens, {"extra": ["--export=NONE"], "environment": here}, model={"vocab_size": 50})
     job.submit()
     ended = job.until_over()
     assert "model.vocab_size: 50 is smaller than the data's vocabulary" in ended and "no other start" in ended
