@@ -156,10 +156,10 @@ class Cluster:
                   "-c", _NODE, "node", str(self.folder), node)  # fmt: skip
 
     def power_off(self, node: str) -> None:
-        """End everything on a node at once."""
-        process = self._processes.pop(node)
-        process.kill()
-        process.wait()
+        """End everything on a node at once, if it runs."""
+        if (process := self._processes.pop(node, None)) is not None:
+            process.kill()
+            process.wait()
 
     def kill_slurmd(self, node: str) -> None:
         """End the daemon of a node, and nothing else there: what it had started lives on."""
