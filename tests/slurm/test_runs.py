@@ -228,7 +228,7 @@ def test_a_chain_outlives_a_lost_node_and_a_preemption(cluster: Cluster, tokens:
     """Where Slurm cancels what it preempts, and requeues nothing. Its log is followed from job to job."""
     job = Job(
         cluster, tmp_path, tokens, {"restart": "chain", "chain": 4, "nodes": 2, "partition": "cancelled"},
-        training={"steps": 2000, "validation_interval": 0},
+        training={"steps": 1200, "validation_interval": 0},
     )  # fmt: skip
     submission = job.submit()
     first, second, third, fourth = map(str, submission.jobs)
@@ -251,7 +251,7 @@ def test_a_chain_outlives_a_lost_node_and_a_preemption(cluster: Cluster, tokens:
     cluster.call("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
     job.until_attempts(2)
     assert re.fullmatch(r"stopped by SIGTERM after step \d+ \(preempted\); goes on .*", job.attempts()[1].reason)
-    assert job.until_over() == "done: all steps are done, 2000 of them"
+    assert job.until_over() == "done: all steps are done, 1200 of them"
     job.until(lambda: job.state(fourth) == "COMPLETED", "the fourth job")
     assert [attempt.decision for attempt in job.attempts()] == ["next", "next", "done"]
     assert "nothing to do: done: all steps are done" in submission.log_of(int(fourth)).read_text()
