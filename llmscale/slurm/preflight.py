@@ -61,7 +61,7 @@ def look(folder: Path, gpus: int, check: str | None = None, exclusive: bool = Fa
     """
     report = Report(node_name(), dict(versions()))
     report.memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if exclusive and (free := _available_gib(MEMINFO)) is not None and free < report.memory_gib / 2:
+    if exclusive and (free := _available_gib(MEMINFO)) is not None and free < report.memory_gib / 4:
         report.wrong.append(f"only {free:.0f} GiB of its {report.memory_gib:.0f} GiB of memory can be had")
     if gpus:
         _look_at_gpus(report, gpus, exclusive)

@@ -122,10 +122,10 @@ def test_gpus_of_other_jobs_are_none_of_ours(tmp_path: Path, smi: Path, monkeypa
 
 def test_memory_that_something_holds_on_a_node_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:    2097152 kB\n")
+    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:    1048576 kB\n")
     monkeypatch.setattr(preflight, "MEMINFO", meminfo)
     (reason,) = look(tmp_path, 0, exclusive=True).wrong
-    assert reason.startswith("only 2 GiB of its ")
+    assert reason.startswith("only 1 GiB of its ")
     assert look(tmp_path, 0).wrong == []
 
 
