@@ -18,7 +18,11 @@ LLMSCALE = """\
 echo "llmscale $*" >>calls
 case "$*" in
 *"slurm begin"*) echo "${BEGIN-run}" ;;
-*"slurm after"*) cat >shown; echo "$AFTER" ;;
+*"slurm after"*)
+    kill -USR1 $$ "$PPID"
+    kill -TERM $$ "$PPID"
+    cat >shown
+    echo "$AFTER" ;;
 *--judge*) exit "${JUDGE-0}" ;;
 *"task "*"slurm preflight"*) exit "${PREFLIGHT-0}" ;;
 *"task "*pretrain*)
@@ -126,8 +130,8 @@ def test_nothing_comes_after_what_failed(
 
 
 def test_a_signal_is_handed_on_and_ends_no_decision(here: Path) -> None:
+    """The `after` above sends more of them, to itself as well."""
     text = script(write(here, {"program": [str(here / "llmscale")], "nodes": 2}))
-    text = text.replace("trap '' TERM USR1\n", "trap '' TERM USR1\nkill -USR1 $$; kill -TERM $$\n")
     process = started(here, text, TRAINS="yes", AFTER="requeue")
     deadline = time.monotonic() + 60
     while not (here / "trains").exists():
