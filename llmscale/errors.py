@@ -6,6 +6,7 @@
     ├── DataError           shards, tokenizers, indexes
     ├── CheckpointError     a checkpoint that is missing, broken or does not fit
     └── TrainingError       the run itself: a loss that is not finite, a rank that is lost
+        └── ReplacedError   another start of the run has taken its run directory
 
 Each message says what is wrong, where, and what would be right; the command line prints it without a traceback.
 """
@@ -75,6 +76,10 @@ class TrainingError(LlmscaleError):
     """The run cannot go on."""
 
     everywhere = True
+
+
+class ReplacedError(TrainingError):
+    """Another start of the run writes in its run directory now."""
 
 
 class ConversionError(LlmscaleError):

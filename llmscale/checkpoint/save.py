@@ -63,9 +63,18 @@ class _Part:
 class Saver:
     """Saves checkpoints under a folder, together with all other ranks. Made and closed by all of them."""
 
-    def __init__(self, folder: Path, asynchronous: bool, committed: Callable[[], Any] = lambda: None) -> None:
-        """committed: called by rank 0 after each commit, in the thread that writes."""
-        self._folder, self._asynchronous, self._committed = folder, asynchronous, committed
+    def __init__(
+        self,
+        folder: Path,
+        asynchronous: bool,
+        committed: Callable[[], Any] = lambda: None,
+        committing: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """committed: called by rank 0 after each commit, in the thread that writes. committing: before it; what that
+        raises, the save fails with.
+        """
+        self._folder, self._asynchronous = folder, asynchronous
+        self._committed, self._committing = committed, committing
         # Of the thread, and of what is agreed on meanwhile: collectives of one group must not meet.
         self._group = dist.new_group(backend="gloo")
         self._agreement = dist.new_group(backend="gloo")
@@ -136,13 +145,18 @@ class Saver:
     def _write(self, step: int, part: _Part, facts: Mapping[str, Any], final: Path) -> None:
         rank = dist.get_rank()
         work = final if is_remote(final) else final.with_name(f".{final.name}.tmp")
+
+        def commit() -> None:
+            self._committing()
+            _commit(work, final, step, facts, written)
+
         try:
             self._together(lambda: _fresh(work) if rank == 0 else None, f"{work}: cannot be made")
             written = self._together(
                 lambda: _write_part(work / part.file, part), f"{final}: the checkpoint cannot be written"
             )
             self._together(
-                lambda: _commit(work, final, step, facts, written) if rank == 0 else None,
+                lambda: commit() if rank == 0 else None,
                 f"{final}: cannot be committed",
             )
         except CheckpointError:

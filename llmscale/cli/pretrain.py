@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llmscale.distributed import stop
-from llmscale.errors import LlmscaleError
+from llmscale.errors import LlmscaleError, ReplacedError
 from llmscale.slurm.outcome import Outcome, tell
 
 
@@ -41,7 +41,9 @@ def command(config: Path, overrides: tuple[str, ...]) -> int:
 
         ended = pretrain(prepare(loaded, config, launch.world_size, launch.local_world_size), launch)
     except LlmscaleError as error:
-        if not error.consequence:
+        if isinstance(error, ReplacedError):
+            tell(Outcome("replaced", str(error)))
+        elif not error.consequence:
             tell(Outcome("failed", str(error), retry=error.exit_code != 2))
         # Every rank finds the same: one of them says it.
         error.quiet = error.everywhere and launch.rank > 0

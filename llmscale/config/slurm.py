@@ -7,9 +7,9 @@ option may hold no blank, quote or shell character. `slurm/render.py` quotes the
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from llmscale.config.section import Bool, Int, Section
@@ -25,8 +25,9 @@ _OURS = {
     "exclude": "exclude", "nodelist": "nodelist", "reservation": "reservation", "cpus-per-task": "cpus_per_task",
     "output": "logs", "error": "logs", "requeue": "restart", "no-requeue": "restart", "signal": "signal_seconds",
     "exclusive": "exclusive", "chdir": "", "open-mode": "", "array": "", "dependency": "restart", "wrap": "",
+    "test-only": "", "parsable": "", "wait": "", "help": "", "usage": "", "version": "",
 }  # fmt: skip
-"""Options of sbatch that stand in the script already -> the key that sets them."""
+"""Options of sbatch that are llmscale's -> the key that sets them."""
 
 
 def _refuse(reason: str) -> PydanticCustomError:
@@ -45,13 +46,20 @@ def _option(value: str) -> str:
     return value
 
 
+def _job_name(value: str) -> str:
+    if re.search(r"[/%]", value):
+        raise _refuse("holds / or %, which the name of a log file cannot; write - in its place")
+    return value
+
+
 def _extra(value: str) -> str:
     if not _EXTRA.fullmatch(value):
         raise _refuse("is no option of the form --name or --name=value; write each option as an item of its own")
     name = value[2:].partition("=")[0]
     if name in _OURS:
-        key = f"slurm.{_OURS[name]}" if _OURS[name] else "nothing: llmscale decides it"
-        raise _refuse(f"would say twice what stands in the script already; set {key}")
+        if not _OURS[name]:
+            raise _refuse(f"--{name} is for llmscale to say; leave it out")
+        raise _refuse(f"would say twice what stands in the script already; set slurm.{_OURS[name]}")
     return value
 
 
@@ -64,6 +72,16 @@ def _time(value: str) -> str:
 def _memory(value: str) -> str:
     if not re.fullmatch(r"\d+[KMGT]?", value):
         raise _refuse('is no amount of memory; write e.g. "480G", or "0" for all of a node')
+    return value
+
+
+def _value(value: Any) -> Any:
+    """A number without quotes is what people write for OMP_NUM_THREADS; of other values YAML's word is not theirs."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float | bool) or value is None:
+        shown = "null" if value is None else str(value).lower()
+        raise _refuse(f'is read as YAML\'s {shown}, not as text; write it in quotes: "{shown}"')
     return value
 
 
@@ -91,7 +109,8 @@ def seconds_of(time: str) -> int | None:
 Text = Annotated[str, AfterValidator(_plain)]
 Option = Annotated[str, AfterValidator(_option)]
 Extra = Annotated[str, AfterValidator(_extra)]
-Environment = Annotated[dict[str, Text], AfterValidator(_names)]
+Value = Annotated[str, BeforeValidator(_value), AfterValidator(_plain)]
+Environment = Annotated[dict[str, Value], AfterValidator(_names)]
 
 
 class Container(Section):
@@ -112,7 +131,9 @@ class Slurm(Section):
         "folder; keys given beside it win.",
         examples=["cluster.yaml"],
     )
-    job_name: Option | None = Field(None, description="Name of the job; run.name when null, cleaned of odd letters.")
+    job_name: Annotated[Option, AfterValidator(_job_name)] | None = Field(
+        None, description="Name of the job; run.name when null, cleaned of odd letters."
+    )
     partition: Option | None = Field(None, description="Partition (--partition).", examples=["gpu"])
     account: Option | None = Field(None, description="Account (--account).", examples=["project"])
     qos: Option | None = Field(None, description="Quality of service (--qos).")
@@ -128,7 +149,10 @@ class Slurm(Section):
     gpu_type: Option | None = Field(None, description="Type of the GPUs, as the cluster calls it.", examples=["h100"])
     tasks_per_node: Int | None = Field(None, ge=1, description="Tasks of a node; gpus_per_node, or 1, when null.")
     cpus_per_task: Int | None = Field(None, ge=1, description="Cores of a task; the cluster decides when null.")
-    memory: Annotated[str, AfterValidator(_memory)] = Field("0", description="Memory of a node; 0 is all of it.")
+    memory: Annotated[str, AfterValidator(_memory)] | None = Field(
+        "0",
+        description="Memory of a node; 0 is all of it. null leaves it to the cluster, or to --mem-per-cpu in extra.",
+    )
     time: Annotated[str, AfterValidator(_time)] = Field("24:00:00", description="Time limit of one start of the job.")
     constraint: Option | None = Field(None, description="Features that the nodes must have (--constraint).")
     exclude: Option | None = Field(None, description="Nodes to leave out (--exclude).", examples=["node[07-09]"])

@@ -84,15 +84,18 @@ class Launch:
         if not address:
             raise UsageError("environment: srun set no SLURM_JOB_NODELIST; set MASTER_ADDR to the first node's name")
         job, step = _integer(env, "SLURM_JOB_ID", 0), _integer(env, "SLURM_STEP_ID", 0)
-        tasks_per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))
+        restarts = _integer(env, "SLURM_RESTART_COUNT", 0)
+        tasks = tasks_of_nodes(env)
+        node = _integer(env, "SLURM_NODEID", 0)
         launch = cls(
             rank=_integer(env, "SLURM_PROCID"),
             world_size=_integer(env, "SLURM_NTASKS"),
             local_rank=_integer(env, "SLURM_LOCALID", 0),
-            local_world_size=int(tasks_per_node.group()) if tasks_per_node else 1,
+            local_world_size=tasks[node] if node < len(tasks) else 1,
             master_address=address,
-            # From the job and step, so that two jobs on one node, or two steps of one job, do not meet.
-            master_port=_integer(env, "MASTER_PORT", 20000 + (job * 31 + step) % 12000),
+            # From the job and step, so that two jobs on one node, or two steps of one job, do not meet; and from the
+            # start, so that the next one meets elsewhere where a port was taken.
+            master_port=_integer(env, "MASTER_PORT", 20000 + (job * 31 + step + restarts * 101) % 12000),
             launcher="srun",
         )
         return launch._checked()
@@ -129,9 +132,25 @@ class Launch:
             env.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def whose() -> dict[str, str]:
+    """What tells this process from those of other starts of its run: the job and its start, the host, the process."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    start = str(int(restarts) + 1) if restarts.isdigit() else restarts
+    names = {"job": job, "start": start} if job else {}
+    return {**names, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "process": str(os.getpid())}
+
+
 def _means_this_machine(address: str) -> bool:
     """Whether a name or an address is every machine's own. Debian gives a machine's own name 127.0.1.1."""
     return address in ("localhost", "localhost.localdomain", "::1") or address.startswith("127.0.")
+
+
+def tasks_of_nodes(environment: Mapping[str, str] | None = None) -> list[int]:
+    """Tasks of each node of the step, in the nodes' order: of Slurm's "2(x3),1" they are 2, 2, 2, 1."""
+    env = os.environ if environment is None else environment
+    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in found for _ in range(int(nodes or 1))]
 
 
 def first_host(nodes: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,3 +70,36 @@ def queue(jobs: Sequence[int]) -> list[Queued]:
         raise
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == _FIELDS.count("|")]
     return [Queued(job, state, reason, int(nodes), *rest) for job, state, reason, nodes, *rest in rows]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What becomes of a job whose script still runs. name: RUNNING, or what ends it: REQUEUED, CANCELLED, NODE_FAIL, …
+
+    words: that in words, "" where nothing does. excluded: the nodes that it leaves out.
+    """
+
+    name: str
+    words: str = ""
+    excluded: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, shown: str, start: int) -> JobState:
+        """From what `scontrol show job` says, to start number `start`: a job that ends is COMPLETING, whatever for."""
+        found = dict(re.findall(r"(\w+)=(\S*)", shown))
+        name = found.get("JobState", "unknown")
+        restarts = found.get("Restarts", "0")
+        preempted = found.get("PreemptTime", "None")[:1].isdigit()
+        if restarts.isdigit() and int(restarts) > start:
+            name = "REQUEUED"
+        elif preempted:
+            name = "PREEMPTED"
+        elif name == "COMPLETING":
+            reason = found.get("Reason", "None")
+            name = {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}.get(reason, "CANCELLED")
+        words = {
+            "REQUEUED": "its nodes were taken", "PREEMPTED": "preempted", "TIMEOUT": "out of time",
+            "NODE_FAIL": "a node failed",
+        }.get(name, "")  # fmt: skip
+        excluded = found.get("ExcNodeList", "(null)")
+        return cls(name, words, () if excluded in ("", "(null)") else (excluded,))

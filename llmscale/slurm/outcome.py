@@ -17,9 +17,12 @@ VARIABLE = "LLMSCALE_OUTCOME"
 
 @dataclass(frozen=True)
 class Outcome:
-    """done: all steps. stopped: by a signal, with steps left. failed: retry says whether another start may help."""
+    """done: all steps. stopped: by a signal, with steps left. failed: retry says whether another start may help.
 
-    status: Literal["done", "stopped", "failed"]
+    replaced: another start has taken over the run directory.
+    """
+
+    status: Literal["done", "stopped", "failed", "replaced"]
     reason: str
     step: int | None = None
     retry: bool = True

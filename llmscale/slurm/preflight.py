@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from llmscale.distributed.launch import Launch, device_of, leave, start
+from llmscale.distributed.launch import Launch, device_of, leave, start, tasks_of_nodes
 from llmscale.errors import LlmscaleError, UsageError
 from llmscale.slurm.task import node_name
 from llmscale.versions import versions
@@ -29,8 +30,13 @@ MOST_SKEW_SECONDS = 5.0
 MOST_USED_MIB = 1024
 """Memory of a GPU that something else may hold before the run begins."""
 REDUCED_BYTES = 64 << 20
-_QUERY = ("index", "name", "driver_version", "memory.used", "clocks.sm", "clocks.max.sm",
-          "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown")  # fmt: skip
+ABSENT = "absent_ranks.json"
+MEMINFO = Path("/proc/meminfo")
+_ECC = "ecc.errors.uncorrected.volatile.total"
+_QUERY = ("index", "name", "driver_version", "memory.used", "clocks.sm", "clocks.max.sm", _ECC,
+          "clocks_throttle_reasons.hw_slowdown")  # fmt: skip
+_NOT_THERE = ("[N/A]", "[Not Supported]")
+"""What nvidia-smi says of what a GPU does not have; in such brackets it also says that it cannot tell."""
 
 
 @dataclass
@@ -47,17 +53,20 @@ class Report:
     wrong: list[str] = field(default_factory=list)
 
 
-def look(folder: Path, gpus: int, check: str | None = None) -> Report:
+def look(folder: Path, gpus: int, check: str | None = None, exclusive: bool = False) -> Report:
     """Look at this node, and write the report into the folder that all nodes share.
 
-    gpus: how many it must have; 0 looks at none. check: a program of the user's, which a bad node fails.
+    gpus: how many it must have; 0 looks at none. check: a program of the user's, which a bad node fails. exclusive: no
+    other job is there, whose memory it would be.
     """
     report = Report(node_name(), dict(versions()))
     report.memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if exclusive and (free := _available_gib(MEMINFO)) is not None and free < report.memory_gib / 4:
+        report.wrong.append(f"only {free:.0f} GiB of its {report.memory_gib:.0f} GiB of memory can be had")
     if gpus:
-        _look_at_gpus(report, gpus)
-    if free := _full(folder):
-        report.wrong.append(free)
+        _look_at_gpus(report, gpus, exclusive)
+    if full := _full(folder):
+        report.wrong.append(full)
     if check is not None:
         _check(report, check)
     path = folder / f"{report.node}.json"
@@ -72,36 +81,60 @@ def look(folder: Path, gpus: int, check: str | None = None) -> Report:
     return report
 
 
-def _look_at_gpus(report: Report, wanted: int) -> None:
+def _available_gib(meminfo: Path) -> float | None:
+    """Memory that a process could have, caches given up; None where the kernel does not say."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    except OSError:
+        return None
+    return int(found[1]) / 2**20 if found else None
+
+
+def _look_at_gpus(report: Report, wanted: int, exclusive: bool) -> None:
     if shutil.which("nvidia-smi") is None:
         report.wrong.append(f"has no nvidia-smi, and slurm.gpus_per_node is {wanted}")
         return
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
     except (subprocess.SubprocessError, OSError) as error:
         report.wrong.append(f"nvidia-smi fails: {error}")
         return
-    for line in done.stdout.splitlines():
-        report.gpus.append(dict(zip(_QUERY, (cell.strip() for cell in line.split(",")), strict=False)))
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in said]
+    shown = [dict(zip(_QUERY, row, strict=True)) for row in rows if len(row) == len(_QUERY)]
+    report.gpus = shown if exclusive else _ours(shown)
+    words = [line for line, row in zip(said, rows, strict=True) if len(row) != len(_QUERY)]
+    if done.returncode or words:
+        code = f" with exit code {done.returncode}" if done.returncode else ""
+        report.wrong.append(f"nvidia-smi fails{code}: {'; '.join(words)[:300] or 'it says nothing'}")
     report.same |= {"driver": ",".join(sorted({gpu["driver_version"] for gpu in report.gpus}))}
     report.same |= {"GPU": ",".join(sorted({gpu["name"] for gpu in report.gpus}))}
     if len(report.gpus) < wanted:
         report.wrong.append(f"shows {len(report.gpus)} GPU(s), and slurm.gpus_per_node is {wanted}")
     for gpu in report.gpus:
         where = f"GPU {gpu['index']}"
+        for key, what in (("memory.used", "memory"), (_ECC, "count of memory errors")):
+            if gpu[key].startswith("[") and gpu[key] not in _NOT_THERE:
+                report.wrong.append(f"{where}: its {what} is {gpu[key]}")
         if _number(gpu["memory.used"]) > MOST_USED_MIB:
             report.wrong.append(f"{where}: something holds {gpu['memory.used']} MiB of its memory")
-        if _number(gpu["ecc.errors.uncorrected.volatile.total"]) > 0:
-            report.wrong.append(f"{where}: {gpu['ecc.errors.uncorrected.volatile.total']} uncorrected memory error(s)")
+        if _number(gpu[_ECC]) > 0:
+            report.wrong.append(f"{where}: {gpu[_ECC]} uncorrected memory error(s)")
         if gpu["clocks_throttle_reasons.hw_slowdown"] == "Active":
             report.wrong.append(f"{where}: slowed down by its hardware ({gpu['clocks.sm']} MHz)")
 
 
+def _ours(gpus: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the job, where the node shows it those of others as well."""
+    given = [index for index in os.environ.get("SLURM_STEP_GPUS", "").split(",") if index]
+    return [gpu for gpu in gpus if gpu["index"] in given] if given and len(gpus) > len(given) else gpus
+
+
 def _number(text: str) -> float:
-    """A figure of nvidia-smi; 0 for [N/A]."""
+    """A figure of nvidia-smi; 0 where it has none."""
     try:
         return float(text)
     except ValueError:
@@ -145,10 +178,18 @@ def judge(folder: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
         for node, report in reports.items():
             if abs(report.skew - middle) > MOST_SKEW_SECONDS:
                 bad.setdefault(node, []).append(f"its clock is {report.skew - middle:+.1f} s off the others'")
-    for path in sorted(folder.glob("absent_*.json")):
-        for node, ranks in json.loads(path.read_text()).items():
-            bad.setdefault(node, []).append(f"rank(s) {ranks} did not come to the all-reduce")
+    for node, ranks in _absent(folder).items():
+        bad.setdefault(node, []).append(f"rank(s) {ranks} did not come to the all-reduce")
     return bad
+
+
+def _absent(folder: Path) -> dict[str, list[int]]:
+    """Node -> ranks that did not come; nothing where nothing whole was written."""
+    try:
+        found = json.loads((folder / ABSENT).read_text())
+        return {str(node): list(ranks) for node, ranks in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _odd_ones(key: str, values: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -212,21 +253,25 @@ def meet(folder: Path, launch: Launch, timeout: timedelta) -> None:
         if came >= launch.world_size:
             return
         time.sleep(0.1)
-    ranks = {rank: folder / f"rank_{rank}" for rank in range(launch.world_size)}
-    missing = [rank for rank, path in ranks.items() if not path.exists()]
+    missing = [rank for rank in range(launch.world_size) if not (folder / f"rank_{rank}").exists()]
     if launch.rank == 0:
-        nodes: dict[str, list[int]] = {}
+        absent: dict[str, list[int]] = {}
         for rank in missing:
-            nodes.setdefault(node_of(rank, launch), []).append(rank)
-        (folder / "absent_ranks.json").write_text(json.dumps(nodes))
+            absent.setdefault(node_of(rank, launch), []).append(rank)
+        (folder / ABSENT).write_text(json.dumps(absent))
     raise LlmscaleError(f"rank(s) {missing} of {launch.world_size} did not come in {timeout.seconds} s")
 
 
 def node_of(rank: int, launch: Launch) -> str:
-    """The node of a rank, where every node has as many: the n-th of the job's list."""
-    nodes = os.environ.get("LLMSCALE_NODES", "").split(",")
-    index = rank // max(launch.local_world_size, 1)
-    return nodes[index] if index < len(nodes) and nodes[index] else f"the node number {index + 1} of the job"
+    """The node of a rank: each node of the job, in their order, has the next ranks."""
+    nodes = [name for name in os.environ.get("LLMSCALE_NODES", "").split(",") if name]
+    tasks = tasks_of_nodes() or [max(launch.local_world_size, 1)] * len(nodes)
+    before = 0
+    for node, count in zip(nodes, tasks, strict=False):
+        before += count
+        if rank < before:
+            return node
+    return f"the node of rank {rank}"
 
 
 def nodes_of(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 OUTPUT_DIR/slurm/20261123-141500-4711/
     submission.json               what was submitted, and the jobs it became
     script.sbatch                 the job script
+    config.yaml                   the run's config as it was checked, which the job runs; and the DeepSpeed file
     attempts.jsonl                a line for each start that ended: how, at which step, and what was decided
     ended                         why it is over, once it is: no job of the submission starts again
     outcome_<job>_<start>.json    how a start ended, in the run's own words (outcome.py)
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,12 +23,14 @@ from typing import Any
 from llmscale.errors import UsageError
 
 FOLDER = "slurm"
-SUBMISSION, SCRIPT, ATTEMPTS, ENDED = "submission.json", "script.sbatch", "attempts.jsonl", "ended"
+SUBMISSION, SCRIPT, CONFIG = "submission.json", "script.sbatch", "config.yaml"
+ATTEMPTS, ENDED = "attempts.jsonl", "ended"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """folder: its records. jobs: their numbers, more than one in a chain. log: with %x (name), %A or %j (number).
+    """folder: its records. jobs: their numbers, more than one in a chain. log: with %x (name), %A or %j (number), %a
+    (task of an array).
 
     steps: of the whole run, None where the job is no run. step: the newest checkpoint's when it was submitted.
     """
@@ -46,9 +50,11 @@ class Submission:
         """The run directory, or the folder of the logs of what is no run."""
         return self.folder.parent.parent
 
-    def log_of(self, job: int) -> Path:
-        """The log of a job."""
-        return Path(self.log.replace("%x", self.job_name).replace("%j", str(job)).replace("%A", str(job)))
+    def log_of(self, job: int, task: int | None = None) -> Path:
+        """The log of a job. task: of an array; where it is None, the name has a star in its place."""
+        values = {"%x": self.job_name, "%j": str(job), "%A": str(job), "%a": "*" if task is None else str(task)}
+        path = Path(self.log)
+        return path.with_name(re.sub("%[xjAa]", lambda found: values[found[0]], path.name))
 
     def write(self) -> None:
         """Write submission.json, and list the jobs among the user's."""
@@ -83,7 +89,10 @@ class Submission:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start that ended. step: the newest checkpoint's. decision: requeue, next, done or stop."""
+    """One start that ended. step: the newest checkpoint's. decision: the word of `after`.
+
+    interrupted: Slurm ended it, for reasons of its own. bad_nodes: that preflight found.
+    """
 
     job: int
     start: int
@@ -93,6 +102,8 @@ class Attempt:
     step: int
     decision: str
     ended: str
+    interrupted: bool = False
+    bad_nodes: tuple[str, ...] = ()
 
 
 def attempts(folder: Path) -> list[Attempt]:
@@ -100,7 +111,8 @@ def attempts(folder: Path) -> list[Attempt]:
     path = folder / ATTEMPTS
     if not path.exists():
         return []
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [Attempt(**{**row, "bad_nodes": tuple(row.get("bad_nodes", ()))}) for row in rows]
 
 
 def add_attempt(folder: Path, attempt: Attempt) -> None:
@@ -115,15 +127,21 @@ def new_folder(output: Path) -> Path:
     return output / FOLDER / name
 
 
+def task_of(named: str) -> int | None:
+    """The task of an array that "4_1" names; None where it is something else."""
+    found = re.fullmatch(r"\d+_(\d+)", named)
+    return int(found[1]) if found and not Path(named).is_dir() else None
+
+
 def find(named: str) -> Submission:
-    """The submission of a job's number, or the newest one of a run directory.
+    """The submission of a job's number (in an array also 4_1, a task's), or the newest one of a run directory.
 
     Raises:
         UsageError: there is none.
     """
-    if named.isdigit() and not Path(named).is_dir():
+    if (job := re.fullmatch(r"(\d+)(_\d+)?", named)) and not Path(named).is_dir():
         for row in _jobs():
-            if row["job"] == int(named) and (Path(row["folder"]) / SUBMISSION).is_file():
+            if row["job"] == int(job[1]) and (Path(row["folder"]) / SUBMISSION).is_file():
                 return Submission.read(Path(row["folder"]))
         raise UsageError(f"job {named}: not submitted by `llmscale slurm submit` here; name its run directory")
     folders = sorted(path.parent for path in Path(named, FOLDER).glob(f"*/{SUBMISSION}"))

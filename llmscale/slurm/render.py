@@ -5,7 +5,9 @@
     program, one       the words that start llmscale in a task, and alone on the job's first node
     on_all             words of srun before these
     records            the submission's folder
-    task_options, after_options, preflight_options   words of `llmscale slurm task`, `after` and `preflight`
+    task_options, preflight_options   words of `llmscale slurm task` and `preflight`
+    after_options      words of `llmscale slurm begin` and `after`
+    stopped            the exit code of what was asked to stop
 and every key of the section `slurm`. The filters `q` and `words` quote a text, and a list of them.
 """
 
@@ -21,6 +23,7 @@ import jinja2
 
 from llmscale.config import shipped
 from llmscale.config.slurm import Slurm
+from llmscale.distributed.stop import STOPPED
 from llmscale.errors import UsageError
 
 TEMPLATES = {
@@ -101,13 +104,16 @@ def render(job: Job) -> str:
                 "one": [*alone, *program],
                 "records": str(job.records),
                 "source": [str(job.folder / file) for file in settings.source],
+                "stopped": STOPPED,
                 "task_options": ["--logs", str(job.logs)] if settings.log_per_rank else [],
                 "after_options": [
                     "--checkpoints", job.checkpoints, "--restart", settings.restart,
                     "--limit", str(settings.restarts_without_progress),
+                    *([] if settings.exclude_bad_nodes else ["--no-exclude"]),
                 ],
                 "preflight_options": [
                     "--gpus", "1" if settings.gpus else str(settings.gpus_per_node),
+                    *(["--exclusive"] if settings.exclusive else []),
                     *(["--check", str(job.folder / settings.node_check)] if settings.node_check else []),
                 ],
             }
@@ -135,7 +141,7 @@ def _program(settings: Slurm) -> tuple[list[str], list[str]]:
         if container.mounts:
             on_all.append(f"--container-mounts={','.join(container.mounts)}")
         return program, [*on_all, *container.options]
-    words = ["apptainer", "exec", *(["--nv"] if settings.gpus_per_node else [])]
+    words = ["apptainer", "exec", *(["--nv"] if settings.gpus or settings.gpus_per_node else [])]
     for mount in container.mounts:
         words += ["--bind", mount]
     return [*words, *container.options, container.image, *program], on_all
@@ -172,7 +178,7 @@ def options(job: Job) -> list[str]:
         ("open-mode", "append"),
     ]
     if job.kind == "pretrain":
-        found.append(("signal", f"USR1@{settings.signal_seconds}"))
+        found.append(("signal", f"B:USR1@{settings.signal_seconds}"))
         if settings.restart == "chain":
             found.append(("dependency", "singleton"))
     lines = [f"--{name}={value}" for name, value in found if value is not None]

@@ -20,8 +20,9 @@ _RECENT = 50
 def status(submission: Submission) -> dict[str, Any]:
     """Everything, as plain values; see the keys of the result.
 
-    jobs: of the queue, with its states. starts: that ended. ended: why it is over, None while it is not. step, loss,
-    tokens_per_second: of the newest row of metrics. seconds_left: for the steps that are left, while it runs.
+    jobs: of the queue, with its states. starts: that ended. bad_nodes: that preflight found. ended: why it is over,
+    None while it is not. step, loss, tokens_per_second: of the newest row of metrics. seconds_left: for the steps that
+    are left, while it runs.
     """
     jobs = queue(submission.jobs)
     rows = newest_rows(submission.run / METRICS) if submission.template == "pretrain" else []
@@ -41,6 +42,7 @@ def status(submission: Submission) -> dict[str, Any]:
         "jobs": [asdict(job) for job in jobs],
         "ids": list(submission.jobs),
         "starts": [asdict(start) for start in starts],
+        "bad_nodes": list(dict.fromkeys(node for start in starts for node in start.bad_nodes)),
         "ended": ended.read_text().strip() if ended.exists() else None,
         "step": done if submission.template == "pretrain" else None,
         "steps": submission.steps,
@@ -86,6 +88,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         shown.append(f"job {', '.join(map(str, sorted(gone)))}: no longer in the queue")
     for start in found["starts"]:
         shown.append(f"start {start['start'] + 1} of job {start['job']}: {start['reason']} -> {start['decision']}")
+    if found["bad_nodes"]:
+        shown.append(f"bad nodes, left out: {', '.join(found['bad_nodes'])}")
     if found["step"] is not None:
         text = f"step {found['step']} of {found['steps']}"
         if found["loss"] is not None:

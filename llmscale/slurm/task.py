@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,11 @@ from llmscale.distributed.stop import SIGNALS, STOPPED
 from llmscale.slurm.outcome import Outcome, tell
 
 
-def run(words: Sequence[str], logs: Path | None = None) -> int:
-    """Run `llmscale WORDS`, and give its exit code; 128 + n where signal n ended it. logs: folder of a log a rank."""
+def run(words: Sequence[str], logs: Path | None = None, seconds: float | None = None) -> int:
+    """Run `llmscale WORDS`, and give its exit code; 128 + n where signal n ended it.
+
+    logs: folder of a log a rank. seconds: after which it is killed; it may take any time when None.
+    """
     rank = os.environ.get("SLURM_PROCID") or os.environ.get("RANK", "0")
     node = node_name()
     received: list[int] = []
@@ -43,9 +47,20 @@ def run(words: Sequence[str], logs: Path | None = None) -> int:
     own = open_log(logs, int(rank)) if logs else None
     mark = Marker(node, int(rank), own)
     assert child.stdout is not None
+    late = threading.Event()
+
+    def too_late() -> None:
+        late.set()
+        child.kill()
+
+    watch = threading.Timer(seconds or 0, too_late)
+    watch.daemon = True
+    if seconds:
+        watch.start()
     for line in child.stdout:
         mark(line)
     code = child.wait()
+    watch.cancel()
     if code >= 0:
         return code
     name = signal.Signals(-code).name
@@ -53,6 +68,8 @@ def run(words: Sequence[str], logs: Path | None = None) -> int:
         tell(Outcome("stopped", name, 0))
         return STOPPED
     why = "; often the node's memory ran out" if -code == signal.SIGKILL else ""
+    if late.is_set():
+        why = f": {' '.join(words[:2])} took longer than {seconds:g} s"
     text = f"rank {rank} on {node} was ended by {name}{why}"
     tell(Outcome("failed", text))
     mark(f"error: {text}\n".encode())

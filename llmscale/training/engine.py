@@ -26,6 +26,7 @@ from llmscale.distributed.groups import Groups, Mpu
 from llmscale.errors import TrainingError
 from llmscale.models.stage import Stage
 from llmscale.training.batches import Batch
+from llmscale.training.fence import Fence
 from llmscale.training.gradients import GradientBuffers, complete, parameter_groups
 from llmscale.training.zero import Zero
 
@@ -76,12 +77,17 @@ class Engine:
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         weight_decay: float,
         clip: float,
+        fence: Fence | None = None,
     ) -> None:
-        """settings: DeepSpeed's config, nothing "auto". clip: largest gradient norm, 0 for none."""
+        """settings: DeepSpeed's config, nothing "auto". clip: largest gradient norm, 0 for none.
+
+        fence: of the run directory, which is looked after with each loss.
+        """
         self.stages = list(stages)
         self.groups = groups
         self.clip = clip
         self._grad_norm = math.nan
+        self._fence = fence
         self.stopping = False
         self._schedule = get_forward_backward_func()
         base = make_optimizer(parameter_groups(self.stages, groups, weight_decay))
@@ -131,7 +137,8 @@ class Engine:
         """One optimizer step over this rank's micro-batches.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; no weight was changed.
+            TrainingError: the loss or the gradient norm is not finite; no weight was changed. ReplacedError: nor was
+            one where another start has taken the run directory.
         """
         self.deepspeed.train()
         losses = self._run(batches, forward_only=False)
@@ -163,14 +170,18 @@ class Engine:
     def _mean_loss(self, losses: list[torch.Tensor]) -> float:
         """The mean over micro-batches and data-parallel ranks; the last stages have it, every rank gets it.
 
-        Whether a rank was asked to stop goes along: all ranks hear of it in the same step.
+        Whether a rank was asked to stop goes along, and whether the run directory is another's by now: all ranks hear
+        of it in the same step.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         if losses:
             total[0] += torch.stack(losses).double().mean()
         total[1] = stop.received() is not None
+        total[2] = self._fence is not None and not self._fence.held()
         dist.all_reduce(total, group=self.groups.world)
-        summed, asked = total.tolist()
+        summed, asked, lost = total.tolist()
+        if lost and self._fence is not None:
+            raise self._fence.lost()
         self.stopping = asked > 0
         loss = summed / (self.groups.layout.tensor * self.groups.layout.data)
         if not math.isfinite(loss):

@@ -47,12 +47,12 @@ class StepTimes:
 class Events:
     """What the loop calls; all of it on every rank.
 
-    always: after each step. step: after each step that is logged. validation: (step, mean loss). save: write a
+    always: after each step. step: after each step that is logged. validation: (step, mean loss, seconds). save: write a
     checkpoint of this step.
     """
 
     step: Callable[[int, StepResult, float, StepTimes], None]
-    validation: Callable[[int, float], None]
+    validation: Callable[[int, float, float], None]
     save: Callable[[int], None]
     always: Callable[[], None]
 
@@ -84,8 +84,9 @@ def train(
         if _due(step, config.logging.interval, steps):
             events.step(step, result, rate, times)
         if validation is not None and _due(step, training.validation_interval, steps):
+            begin = time.perf_counter()
             losses = [engine.evaluate(batch) for batch in validation()]
-            events.validation(step, sum(losses) / len(losses))
+            events.validation(step, sum(losses) / len(losses), time.perf_counter() - begin)
         if _due(step, config.checkpoint.interval, steps) or (engine.stopping and config.checkpoint.interval):
             events.save(step)
         if engine.stopping:

@@ -8,7 +8,7 @@ far, of text in windows that were read); with remote data data_bytes_fetched, da
 process; with data.on_error: skip data_skipped_samples and data_replaced_sequences, of the run so far and all ranks.
 After a save checkpoint_pause_seconds (how long training stood still for it) and checkpoint_seconds (until it was whole
 on the disk), in the rows that follow.
-A row of a validation: step, tokens, validation_loss, validation_perplexity.
+A row of a validation: step, tokens, validation_loss, validation_perplexity, validation_seconds.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ class Recorder:
         self._log(row)
         self._display.step(row)
 
-    def validation(self, step: int, loss: float) -> None:
-        """A validation after step `step` gave this mean loss, in nats a token."""
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """A validation after step `step` gave this mean loss, in nats a token, and took so long."""
         if not self._speaks:
             return
         perplexity = perplexity_of(loss)
@@ -166,6 +166,7 @@ class Recorder:
                 "tokens": self._tokens(step),
                 "validation_loss": loss,
                 "validation_perplexity": perplexity,
+                "validation_seconds": seconds,
             }
         )
         self._display.line(f"validation after step {step}: loss {loss:.4f}, perplexity {perplexity:,.2f}")

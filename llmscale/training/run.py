@@ -35,6 +35,7 @@ from llmscale.models.stage import build_stages
 from llmscale.training import report, state
 from llmscale.training.batches import Batch, Checked, agreed
 from llmscale.training.engine import Engine, quiet_deepspeed
+from llmscale.training.fence import Fence
 from llmscale.training.learning_rate import learning_rate
 from llmscale.training.loop import Events, StepResult, StepTimes, train
 from llmscale.training.metrics import Recorder
@@ -155,6 +156,8 @@ def _peer_is_gone(error: RuntimeError) -> bool:
 
 def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack: ExitStack) -> Ended:
     config, output = run.config, Path(run.config.run.output_dir)
+    fence = Fence(output, launch)
+    fence.claim()
     stages = build_stages(config.model, run.family, config.training, groups, config.run.seed)
     engine = Engine(
         stages,
@@ -163,6 +166,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         lambda parts: build_optimizer(config.optimizer, parts, device, run.deepspeed.offload_optimizer is not None),
         config.optimizer.weight_decay,
         config.training.gradient_clipping,
+        fence,
     )
     stack.callback(engine.close)
     folder = place_of(config.checkpoint.folder or output / "checkpoints")
@@ -200,7 +204,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             collate=lambda rows: Checked.of(rows, config.training.micro_batch_size, device, end),
         )
 
-    saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
+    saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep), fence.check)
     figures: dict[str, float] = {}
     skips = config.data.on_error == "skip"
 

@@ -36,14 +36,19 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in KEYS if key in row} for row in rows]
 
 
-def told(moment: str, rank: int, *arguments: str) -> None:
-    """The command; this rank is sent signals at a moment of its life."""
+def told(moment: str, rank: int, *arguments: str, other: str | None = None) -> None:
+    """The command; this rank is sent signals at a moment of its life, or another start claims the run directory."""
     from llmscale.checkpoint import save
+    from llmscale.distributed.launch import Launch
     from llmscale.training.engine import Engine
+    from llmscale.training.fence import Fence
 
     calls = 0
 
     def send() -> None:
+        if other is not None:
+            Fence(Path(other), Launch(0, 1, 0, 1, "", 0, "single")).claim()
+            return
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -131,3 +136,28 @@ def test_the_outcome_is_told_to_who_asks(corpus: Path, tmp_path: Path, monkeypat
     )  # fmt: skip
     found = json.loads(place.read_text())
     assert (found["status"], found["retry"]) == ("failed", False) and "global_batch_size" in found["reason"]
+
+
+def replaced(moment: str, folder: str, *arguments: str) -> None:
+    told(moment, 0, *arguments, other=folder)
+
+
+@pytest.mark.parametrize(("moment", "last", "saved"), [("step", 4, [4]), ("validation", 6, [4]), ("save", 4, [])])
+def test_a_start_whose_run_directory_another_has_taken_writes_no_more(
+    corpus: Path, expected: list[dict[str, Any]], tmp_path: Path, moment: str, last: int, saved: list[int]
+) -> None:
+    place = tmp_path / "outcome.json"
+    path = write(tmp_path, corpus, asynchronous=False)
+    outcomes = in_processes(
+        2, replaced, moment, str(tmp_path / "run"), "pretrain", str(path),
+        environment=lambda rank: {"LLMSCALE_OUTCOME": str(place)},
+    )  # fmt: skip
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    after = [row for row in expected if row["step"] <= last]
+    assert figures(tmp_path) == (after[:-1] if moment == "validation" else after)
+    assert [int(folder.name[5:]) for folder in (tmp_path / "run" / "checkpoints").glob("step_*")] == saved
+    assert "another start writes there now" in outcomes[0].output
+    assert json.loads(place.read_text())["status"] == ("failed" if moment == "save" else "replaced")
+    outcomes = in_processes(2, command, "pretrain", str(path))
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    assert figures(tmp_path) == expected

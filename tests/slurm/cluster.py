@@ -56,7 +56,7 @@ PreemptMode=REQUEUE
 PriorityType=priority/basic
 ReturnToService=2
 JobRequeue=1
-KillWait=8
+KillWait=30
 SlurmdTimeout=6
 SlurmctldTimeout=10
 MessageTimeout=10
@@ -67,6 +67,7 @@ GresTypes=gpu
 """
 _PARTITIONS = """\
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=INFINITE State=UP
+PartitionName=cancelled Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 _NODE = """\
@@ -155,10 +156,20 @@ class Cluster:
                   "-c", _NODE, "node", str(self.folder), node)  # fmt: skip
 
     def power_off(self, node: str) -> None:
-        """End everything on a node at once."""
-        process = self._processes.pop(node)
-        process.kill()
-        process.wait()
+        """End everything on a node at once, if it runs."""
+        if (process := self._processes.pop(node, None)) is not None:
+            process.kill()
+            process.wait()
+
+    def kill_slurmd(self, node: str) -> None:
+        """End the daemon of a node, and nothing else there: what it had started lives on."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[:4] == [b"slurmd", b"-D", b"-N", node.encode()]:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
     def stop(self) -> None:
         """End all of it: the controller first, so that it starts nothing again."""

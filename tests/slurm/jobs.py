@@ -54,6 +54,19 @@ class Job:
             config[section] = {**config.get(section, {}), **keys}
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
+    def with_stub(self, cases: str) -> None:
+        """Put a program before llmscale in the job. cases: of bash, of its restarts and arguments ("0 slurm begin")."""
+        stub = self.folder / "stub"
+        stub.write_text(
+            f'#!/bin/bash\ncd {self.folder}\ncase "${{SLURM_RESTART_COUNT:-0}} $*" in\n{cases}\nesac\n'
+            f'exec {sys.executable} -m llmscale "$@"\n'
+        )
+        stub.chmod(0o755)
+        path = self.folder / "run.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["slurm"]["program"] = [str(stub)]
+        path.write_text(yaml.safe_dump(config))
+
     @property
     def run(self) -> Path:
         return self.folder / "run"
@@ -75,6 +88,11 @@ class Job:
 
     def state(self, number: str | None = None) -> str:
         return self.cluster.call("squeue", "-h", "-t", "all", "-j", number or self.number(), "-o", "%T").strip()
+
+    def minutes_used(self) -> int:
+        """Whole minutes since the job's start."""
+        used = self.cluster.call("squeue", "-h", "-j", self.number(), "-o", "%M").strip()
+        return int(used.split(":")[-2])
 
     def attempts(self) -> list[Attempt]:
         return attempts(find(str(self.run)).folder)
@@ -107,6 +125,13 @@ class Job:
 
     def until_step(self, step: int) -> None:
         self.until(lambda: self.step() >= step, f"step {step}")
+
+    def until_file(self, name: str) -> None:
+        self.until((self.folder / name).exists, name)
+
+    def node(self, number: str | None = None) -> str:
+        """The nodes that a job runs on."""
+        return self.cluster.call("squeue", "-h", "-j", number or self.number(), "-o", "%N").strip()
 
     def until_attempts(self, count: int) -> None:
         self.until(lambda: len(self.attempts()) >= count, f"{count} starts to end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_an_array_builds_what_one_build_builds(cluster: Cluster, tokens: Path, t
     number = str(found["jobs"][0])
     job.until(lambda: finished(job, number), "the array")
     assert set(job.state(number).split()) == {"COMPLETED"}, list(Path(tmp_path, "slurm-logs").iterdir())
+    assert found["log"] == str(tmp_path / "slurm-logs" / f"llmscale-data_build-{number}_*.out")
+    logs = job.llmscale("slurm", "logs", number).stdout
+    for task in range(3):
+        (line,) = re.findall(rf".*job {number}, task {task} of 3 on .*", logs)
+        assert f"==> llmscale-data_build-{number}_{task}.out <==\n" in logs
+        assert line in job.llmscale("slurm", "logs", "-f", f"{number}_{task}").stdout
+        assert "COMPLETED" in job.llmscale("slurm", "status", f"{number}_{task}").stdout
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["part-00000", "part-00001", "part-00002"]
     assert job.llmscale("data", "build", *words, "--output", "whole").returncode == 0
 
@@ -106,7 +114,7 @@ def test_no_value_becomes_a_command(cluster: Cluster, tokens: Path, tmp_path: Pa
         {"gpus_per_node": 8, "tasks_per_node": 8, "nodes": 3, "cpus_per_task": 1},
         {"gpus_per_node": 4, "gpu_type": "h100", "nodes": 2},
         {"gpus": 12, "nodes": 2},
-        {"gpus": 3, "nodes": 3, "gpu_type": "a100", "nodelist": "node2"},
+        {"gpus": 3, "nodes": 1, "gpu_type": "a100", "nodelist": "node2", "memory": None, "extra": ["--mem-per-cpu=1G"]},
         {"container": {"runtime": "apptainer", "image": "i m.sif", "mounts": ["/data"]}},
         {"container": {"runtime": "pyxis", "image": "reg#llmscale:1", "mounts": ["/data:/d"]}},
         {"constraint": "h100|a100", "extra": ["--comment=x", "--nice=100"], "time": "1-00:00:00"},
@@ -115,11 +123,9 @@ def test_no_value_becomes_a_command(cluster: Cluster, tokens: Path, tmp_path: Pa
     ids=str,
 )
 def test_sbatch_would_take_it(cluster: Cluster, tokens: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    (tmp_path / "i m.sif").touch()
     job = Job(cluster, tmp_path, tokens, {"memory": "0", **keys}, training={"global_batch_size": 48})
     done = job.llmscale("slurm", "submit", "run.yaml", "--dry-run")
-    if keys.get("nodelist"):  # three nodes are asked for, and one is named: Slurm's own words come through
-        assert done.returncode == 0 or "error: " in done.stderr
-        return
     assert done.returncode == 0 and "to start at" in done.stdout, done.stderr
     assert cluster.call("squeue", "-h").strip() == "" and not (tmp_path / "run").exists()
 
@@ -129,6 +135,11 @@ def test_what_slurm_refuses_is_said_and_leaves_nothing(cluster: Cluster, tokens:
     done = job.llmscale("slurm", "submit", "run.yaml")
     assert done.returncode == 1
     assert done.stderr.startswith("error: sbatch: ") and "invalid partition" in done.stderr
+    # Three nodes of a kind of which there is one.
+    words = ["slurm.partition=batch", "slurm.nodes=3", "slurm.gpus=3", "slurm.gpu_type=a100"]
+    for more in ([], ["--dry-run"]):
+        done = job.llmscale("slurm", "submit", "run.yaml", *words, *more, "training.global_batch_size=48")
+        assert done.returncode == 1 and "Requested node configuration is not available" in done.stderr
     assert not list((tmp_path / "run").rglob("slurm/*"))
     unknown = job.llmscale("slurm", "status", "99999")
     assert unknown.returncode == 2 and "job 99999: not submitted" in unknown.stderr

@@ -41,6 +41,9 @@ def test_srun() -> None:
     launch = Launch.from_environment(SRUN)
     assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (9, 16, 1, 8)
     assert (launch.master_address, launch.launcher) == ("gpu08", "srun")
+    unequal = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1,7(x2),1"}
+    sizes = [Launch.from_environment({**unequal, "SLURM_NODEID": str(node)}).local_world_size for node in range(4)]
+    assert sizes == [1, 7, 7, 1]
 
 
 def test_all_tasks_of_a_step_agree_on_the_meeting_point_and_steps_do_not_meet() -> None:
@@ -51,6 +54,7 @@ def test_all_tasks_of_a_step_agree_on_the_meeting_point_and_steps_do_not_meet() 
     assert {place(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank % 8)) for rank in range(16)} == {place()}
     assert place(SLURM_STEP_ID="1") != place()
     assert place(SLURM_JOB_ID="41735") != place()
+    assert place(SLURM_RESTART_COUNT="1") != place()  # a port that was taken is not met again
     assert all(20000 <= place(SLURM_JOB_ID=str(job))[1] < 32000 for job in (1, 999, 4294967294))
 
 

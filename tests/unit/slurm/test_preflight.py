@@ -11,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from llmscale.cli.slurm import command
+from llmscale.distributed import stop
 from llmscale.distributed.launch import Launch
 from llmscale.errors import LlmscaleError
-from llmscale.slurm.preflight import Report, judge, look, meet
+from llmscale.slurm import preflight
+from llmscale.slurm.preflight import Report, judge, look, meet, node_of
 
 SMI = """\
 #!/bin/sh
@@ -90,6 +92,52 @@ def test_gpus_are_counted_and_looked_at(tmp_path: Path, smi: Path, monkeypatch: 
     assert look(tmp_path, 1).wrong == ["has no nvidia-smi, and slurm.gpus_per_node is 1"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("Unable to determine the device handle for GPU 0000:03:00.0: GPU is lost.  Reboot", "GPU is lost"),
+        ("No devices were found", "No devices were found"),
+        ("", "shows 0 GPU(s)"),
+        (GOOD.format(index=0).replace(" 0, Not", " [Unknown Error], Not"), "count of memory errors is [Unknown Error]"),
+        (GOOD.format(index=0).replace(" 0, Not", " [N/A], Not"), None),
+    ],
+)
+def test_what_nvidia_smi_says_in_words_is_passed_on(tmp_path: Path, smi: Path, rows: str, said: str | None) -> None:
+    smi.write_text(SMI.format(rows=rows))
+    wrong = look(tmp_path, 1).wrong
+    assert said in "; ".join(wrong) if said else wrong == []
+
+
+def test_gpus_of_other_jobs_are_none_of_ours(tmp_path: Path, smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [GOOD.format(index=index) for index in range(8)]
+    rows[5] = rows[5].replace(", 4,", ", 70000,")
+    smi.write_text(SMI.format(rows="\n".join(rows)))
+    assert look(tmp_path, 2).wrong == ["GPU 5: something holds 70000 MiB of its memory"]
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
+    assert look(tmp_path, 2).wrong == []
+    assert look(tmp_path, 3).wrong == ["shows 2 GPU(s), and slurm.gpus_per_node is 3"]
+    # Where the node is ours alone, whatever this step was given of it.
+    assert "GPU 5: something holds 70000 MiB of its memory" in look(tmp_path, 2, exclusive=True).wrong
+
+
+def test_memory_that_something_holds_on_a_node_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:    1048576 kB\n")
+    monkeypatch.setattr(preflight, "MEMINFO", meminfo)
+    (reason,) = look(tmp_path, 0, exclusive=True).wrong
+    assert reason.startswith("only 1 GiB of its ")
+    assert look(tmp_path, 0).wrong == []
+
+
+def test_a_look_that_was_told_to_stop_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMSCALE_OUTCOME", str(tmp_path / "outcome.json"))
+    monkeypatch.setattr(stop, "_received", ["SIGUSR1"])
+    monkeypatch.setattr(stop, "listen", lambda: None)
+    ended = CliRunner().invoke(command, ["preflight", "--folder", str(tmp_path)], standalone_mode=False)
+    assert ended.return_value == stop.STOPPED
+    assert json.loads((tmp_path / "outcome.json").read_text())["status"] == "stopped"
+
+
 def test_a_check_of_the_users_own(tmp_path: Path) -> None:
     program = tmp_path / "check"
     program.write_text("#!/bin/sh\necho 'link 3 is down'; exit 4\n")
@@ -118,6 +166,11 @@ def test_ranks_that_do_not_come_are_named_by_their_node(tmp_path: Path, monkeypa
     for node in ("node1", "node2"):
         write(tmp_path, node)
     assert judge(tmp_path, ["node1", "node2"]) == {"node2": ["rank(s) [3] did not come to the all-reduce"]}
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,1(x2)")
+    monkeypatch.setenv("LLMSCALE_NODES", "a,b,c")
+    assert [node_of(rank, launch(0, 5)) for rank in range(6)] == ["a", "a", "a", "b", "c", "the node of rank 5"]
+    (tmp_path / "absent_ranks.json").write_text('{"node2": [3')
+    assert judge(tmp_path, ["node1", "node2"]) == {}
 
 
 def test_the_command_looks_at_this_node(tmp_path: Path, smi: Path) -> None:

@@ -61,6 +61,12 @@ def test_a_child_that_is_killed_is_told_of(tmp_path: Path) -> None:
     assert told["status"] == "failed" and told["retry"] and "SIGKILL" in told["reason"]
 
 
+def test_a_child_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    found, lines = run(tmp_path, "    import time; time.sleep(60)\n", "--seconds", "0.5")
+    assert (found, lines) == (137, ["error: rank 3 on node7 was ended by SIGKILL: pretrain x took longer than 0.5 s"])
+    assert json.loads((tmp_path / "outcome.json").read_text())["retry"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
 def test_a_signal_before_the_child_listens_stops_it(tmp_path: Path, number: signal.Signals, seconds: float) -> None:

@@ -60,7 +60,7 @@ def test_a_step_and_a_validation_give_the_rows_of_the_contract(tmp_path: Path) -
     output = tmp_path / "runs" / "new"
     with recorder(output) as open_recorder:
         step(open_recorder, 3)
-        open_recorder.validation(3, 2.0)
+        open_recorder.validation(3, 2.0, 0.5)
     first, second = rows(output)
     flops = flops_per_token(config().model, families()["llama"], 100, 16)
     assert first.pop("memory_gib") > 0.01
@@ -83,6 +83,7 @@ def test_a_step_and_a_validation_give_the_rows_of_the_contract(tmp_path: Path) -
         "tokens": 3 * TOKENS,
         "validation_loss": 2.0,
         "validation_perplexity": math.exp(2.0),
+        "validation_seconds": 0.5,
     }
     assert any((output / "tensorboard").iterdir())
 
@@ -102,7 +103,7 @@ def test_the_mfu_is_a_share_of_the_peak_in_the_config_else_of_the_devices() -> N
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with recorder(tmp_path / "run", rank=1) as silent:
         step(silent, 1)
-        silent.validation(1, 2.0)
+        silent.validation(1, 2.0, 0.5)
         silent.saved(tmp_path)
         silent.note("a note")
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +119,7 @@ def test_a_resumed_run_says_so_and_goes_on_in_its_file(tmp_path: Path, capsys: p
     capsys.readouterr()
     with recorder(tmp_path, done=2) as resumed:
         step(resumed, 3)
-        resumed.validation(3, 1000.0)
+        resumed.validation(3, 1000.0, 0.5)
         resumed.saved(tmp_path / "checkpoints" / "step_00000003")
     after = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert after[:2] == before[:2]
