@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from llmscale.checkpoint.format import Checkpoint, Damaged
+from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.place import place_of
-from llmscale.checkpoint.retention import candidates, open_checkpoint, prune
+from llmscale.checkpoint.retention import open_checkpoint, prune
 from llmscale.checkpoint.save import Saved, Saver
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
@@ -39,6 +39,7 @@ from llmscale.training.learning_rate import learning_rate
 from llmscale.training.loop import Events, StepResult, StepTimes, train
 from llmscale.training.metrics import Recorder
 from llmscale.training.optimizer import build_optimizer, moments
+from llmscale.training.resume import agreed, layout_changes, load_newest, set_others_aside, what_changed
 from llmscale.training.sinks.wandb import check_available
 from llmscale.versions import versions
 
@@ -166,12 +167,16 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     )
     stack.callback(engine.close)
     folder = place_of(config.checkpoint.folder or output / "checkpoints")
-    checkpoint, seen = _resume_newest(engine, run, folder, launch.rank)
+    checkpoint, loaded = load_newest(
+        config.checkpoint.resume, folder, lambda found: _resume(engine, found, run, launch.rank)
+    )
+    seen = loaded or Seen()
     beginning = None
     if checkpoint is None and config.checkpoint.start_from:
-        beginning = open_checkpoint(config.checkpoint.start_from)
+        beginning = agreed(partial(open_checkpoint, config.checkpoint.start_from))
+    if beginning is not None:
         state.start_from(engine, beginning, config.model)
-    described = {**asdict(run.layout), "data": run.layout.data}
+    described = _described(run.layout)
     lines = report.start_report(
         config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
     )
@@ -183,7 +188,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     if beginning is not None:
         recorder.note(f"begins with the weights of {beginning.path}")
     if checkpoint is not None:
-        recorder.note(f"resumed from {checkpoint.path} at step {seen.steps}{_changes(checkpoint, described)}")
+        for note in what_changed(checkpoint, described, config, seen.random):
+            recorder.note(note)
         for note in seen.notes:
             recorder.note(f"data: {note}")
 
@@ -200,6 +206,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             collate=lambda rows: micro_batches(rows, config.training.micro_batch_size, device, end),
         )
 
+    for path in set_others_aside(folder, checkpoint) if config.checkpoint.interval else ():
+        recorder.note(f"set aside, as this run has not come from it; remove it when it is not wanted: {path}")
     saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
     figures: dict[str, float] = {}
 
@@ -274,29 +282,14 @@ def _any_rank(flag: bool) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """What lies behind a run. notes: how its data is not as it was when that was saved."""
+    """What lies behind a run. notes: how its data is not as it was when that was saved. random: no random state is
+    missing that the layout would allow."""
 
     steps: int = 0
     sequences: int = 0
     tokens: int = 0
     notes: tuple[str, ...] = ()
-
-
-def _resume_newest(engine: Engine, run: Run, folder: Path, rank: int) -> tuple[Checkpoint | None, Seen]:
-    """Load what checkpoint.resume names; with auto, the one before a checkpoint that turns out to be damaged."""
-    resume, damaged = run.config.checkpoint.resume, ""
-    for checkpoint in candidates(resume, folder):
-        try:
-            return checkpoint, _resume(engine, checkpoint, run, rank)
-        except Damaged as error:
-            if resume != "auto":
-                raise
-            damaged = str(error)
-            if rank == 0:
-                logger.warning("passing over a broken checkpoint: %s", error)
-    if damaged:
-        raise CheckpointError(f"{damaged}; no older one is whole: copy one there, or set checkpoint.resume to never")
-    return None, Seen()
+    random: bool = True
 
 
 def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen:
@@ -307,10 +300,13 @@ def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen
             f"checkpoint.resume: {checkpoint.path} holds weights alone; name it in checkpoint.start_from"
         )
     notes = run.train.resume(saved["data"])
-    state.restore(engine, checkpoint)
-    if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):
-        state.restore_random_state(checkpoint, rank)
-    return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes))
+    state.restore(engine, checkpoint, run.config)
+    random = layout_changes(checkpoint, _described(run.layout)) or state.restore_random_state(checkpoint, rank)
+    return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes), bool(random))
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    return {**asdict(layout), "data": layout.data}
 
 
 def _of_all_ranks(stream: Stream, own: dict[str, Any]) -> dict[str, Any]:
@@ -334,21 +330,6 @@ def _data_figures(stream: Stream, position: int, skips: bool) -> dict[str, Any]:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         row["data_skipped_samples"], row["data_replaced_sequences"] = counts.tolist()
     return row
-
-
-def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:
-    """What of the layout is not as it was saved, in words; "" where all is the same."""
-    saved = checkpoint.manifest["layout"]
-    changed = [name for name, value in described.items() if _plain(value) != saved.get(name)]
-    return (
-        f", on another layout ({', '.join(f'{n} {saved.get(n)} -> {described[n]}' for n in changed)})"
-        if changed
-        else ""
-    )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def manifest(

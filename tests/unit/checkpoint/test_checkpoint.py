@@ -21,13 +21,14 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Damaged, Fragment
-from llmscale.checkpoint.retention import candidates, checkpoints, newest_whole
-from llmscale.checkpoint.save import Saved, Saver, save
+from llmscale.checkpoint.retention import candidates, checkpoints
+from llmscale.checkpoint.save import Saved, Saver
 from llmscale.cli.checkpoint import command
 from llmscale.config.schema import Model
 from llmscale.errors import CheckpointError, UsageError
 from llmscale.models.cut import local_shape
 from llmscale.models.family import families
+from tests.unit.checkpoint.saving import newest_whole, save
 
 MODEL = Model(
     family="llama", num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=90,

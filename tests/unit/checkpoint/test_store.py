@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
 from llmscale.checkpoint.place import place_of
-from llmscale.checkpoint.retention import candidates, checkpoints, newest_whole, prune
+from llmscale.checkpoint.retention import candidates, checkpoints, prune
 from llmscale.checkpoint.save import Saver
 from llmscale.cli.checkpoint import command
 from llmscale.errors import CheckpointError, UsageError
+from tests.unit.checkpoint.saving import newest_whole
 from tests.unit.data.servers import endpoint, s3
 
 from .test_checkpoint import FACTS, RANDOM, assert_is, fragments, read_all
@@ -59,7 +60,7 @@ def test_what_is_read_is_what_was_saved_and_the_commands_work(folder: Path) -> N
     assert [row["step"] for row in listed] == [1, 2, 3]
     assert json.loads(run.invoke(command, ["inspect", str(folder.parent), "--json"]).stdout)["step"] == 3
     assert run.invoke(command, ["verify", str(folder.parent)]).exit_code == 0
-    assert [path.name for path in prune(folder, 1)] == ["step_00000001", "step_00000002"]
+    assert [path.name for path in prune(folder, 1, folder / "step_00000003")] == ["step_00000001", "step_00000002"]
     assert [path.name for path in checkpoints(folder)] == ["step_00000003"]
     # The same step again replaces it.
     save(folder, 3)
