@@ -210,10 +210,13 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
         recorder.note(f"set aside, as this run has not come from it; remove it when it is not wanted: {path}")
     saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep))
     figures: dict[str, float] = {}
+    unsaved: str | None = None
 
     def ended(saved: Saved | None) -> None:
+        nonlocal unsaved
         if saved is None:
             return
+        unsaved = saved.error
         if saved.error is None:
             figures["checkpoint_seconds"] = saved.seconds
             recorder.saved(saved.path)
@@ -259,6 +262,11 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             saver.wait()
             raise
         ended(saver.wait())
+    if unsaved is not None:
+        raise CheckpointError(f"the last save failed, and with it the newest steps are lost: {unsaved}")
+    if seconds := figures.get("checkpoint_seconds"):  # no row of metrics follows
+        paused = figures.get("checkpoint_pause_seconds", 0.0)
+        recorder.note(f"the last save took {seconds:.2f} s, of which training stood still {paused:.2f} s")
     if last < config.training.steps and (early or engine.stopping):
         recorder.note(f"stopped after step {last} of {config.training.steps}: {stop.received() or 'another rank'}")
         return Ended(last, stopped=True)

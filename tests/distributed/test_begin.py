@@ -168,3 +168,15 @@ def test_a_run_says_what_is_not_as_it_was_saved(corpus: Path, tmp_path: Path) ->
                    "deepspeed zero2.json -> zero2_offload.json"):  # fmt: skip
         assert change in said
     assert "the random state is a new one" in said
+
+
+def test_a_run_that_goes_on_without_its_saves_fails_where_the_last_one_is_lost(corpus: Path, output: Path) -> None:
+    """A file stands where a save wants its folder."""
+    for step in (7, 8):
+        (output / "checkpoints" / f".step_{step:08d}.tmp").write_text("in the way")
+    said = run(config_of(corpus, output, 8, interval=1, on_error="continue"), exit_code=1)
+    assert "not saved, going on: " in said and "the last save failed" in said
+    assert steps(output) == [1, 2, 3, 4, 5, 6, 7, 8]
+    (output / "checkpoints" / ".step_00000008.tmp").unlink()
+    said = run(config_of(corpus, output, 8, interval=1, on_error="continue"))
+    assert "not saved, going on: " in said and "the last save took" in said
