@@ -72,6 +72,7 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
+        self._broken: BaseException | None = None
         if dist.get_rank() == 0:
             _sweep(folder)
 
@@ -107,10 +108,12 @@ class Saver:
         return None if running.item() else self.wait()
 
     def wait(self) -> Saved | None:
-        """Wait for a save under way, and give how it ended."""
+        """Wait for a save under way, and give how it ended. Raises what its collectives did: another rank is lost."""
         if self._thread is None:
             return None
         self._thread.join()
+        if self._broken is not None:
+            raise self._broken
         self._thread, ended, self._ended = None, self._ended, None
         return ended
 
@@ -130,9 +133,10 @@ class Saver:
             self._write(step, part, facts, path)
         except CheckpointError as caught:
             error = str(caught)
-        except BaseException as caught:  # a thread's own would be lost
-            logger.exception("saving failed")
-            error = f"{path}: the checkpoint cannot be written: {type(caught).__name__}: {caught}"
+        except BaseException as caught:
+            # Of the collectives: another rank is gone. `wait` raises it where it is understood.
+            self._broken = caught
+            return
         self._ended = Saved(step, path, time.monotonic() - began, error)
 
     def _write(self, step: int, part: _Part, facts: Mapping[str, Any], final: Path) -> None:
