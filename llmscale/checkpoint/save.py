@@ -233,6 +233,7 @@ def _commit(work: Path, final: Path, step: int, facts: Mapping[str, Any], writte
     if is_remote(final):
         return
     if final.exists():
+        # Rare: a run sets later steps aside before it begins. Killed before the next line, it has lost no whole one.
         set_aside(final)
     work.rename(final)
     descriptor = os.open(final.parent, os.O_RDONLY)

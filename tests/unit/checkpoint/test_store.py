@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
 from llmscale.checkpoint.place import place_of
-from llmscale.checkpoint.retention import candidates, checkpoints, prune
+from llmscale.checkpoint.retention import abandon, candidates, checkpoints, prune
 from llmscale.checkpoint.save import Saver
 from llmscale.cli.checkpoint import command
 from llmscale.errors import CheckpointError, UsageError
@@ -67,6 +67,10 @@ def test_what_is_read_is_what_was_saved_and_the_commands_work(folder: Path) -> N
     save(folder, 3)
     assert_is(Checkpoint(folder / "step_00000003"), 3)
     assert_is(Checkpoint(folder / "abandoned_step_00000003"), 3)
+    save(folder, 4)
+    (moved,) = abandon(folder, folder / "step_00000003")
+    assert_is(Checkpoint(moved), 4)
+    assert [one.step for one in candidates("auto", folder)] == [3]
 
 
 def test_damage_is_found_and_a_step_without_its_manifest_is_not_whole(folder: Path, s3: Any) -> None:
