@@ -22,7 +22,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Damaged, Fragment
-from llmscale.checkpoint.place import place_of
+from llmscale.checkpoint.place import is_remote, place_of
 from llmscale.checkpoint.retention import candidates, checkpoints, prune
 from llmscale.checkpoint.save import Saved, Saver
 from llmscale.cli.checkpoint import command
@@ -215,6 +215,7 @@ def test_any_url_is_written_to_and_a_run_directory_knows_where_its_checkpoints_a
     folder, run = f"{url}{tmp_path}/not/there/yet", tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(f"checkpoint:\n  folder: {folder}\n")
+    assert is_remote(place_of(folder)) == (url == "memory://")  # a folder is renamed and synced, whatever it is called
     save(place_of(folder), 1, fragments(1), RANDOM, FACTS)
     assert [one.step for one in candidates(str(run), tmp_path / "none")] == [1]
     (row,) = json.loads(CliRunner().invoke(command, ["list", str(run), "--json"]).stdout)
