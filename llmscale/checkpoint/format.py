@@ -18,6 +18,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from llmscale.checkpoint.place import reading
 from llmscale.checkpoint.tensor_file import Reader, raw_bytes
 from llmscale.config.schema import Model, RunConfig
 from llmscale.errors import CheckpointError
@@ -89,20 +91,25 @@ class Checkpoint:
     """A whole checkpoint, open for reading; tensors are read when asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where the checkpoint is missing, incomplete or of another format."""
+        """
+        Raises:
+            Damaged: it is missing, incomplete or altered. CheckpointError: it is of another format, or out of reach.
+        """
         self.path = path
         self._opened: dict[str, Reader] = {}
         self.manifest = self._json("manifest.json")
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}/manifest.json: format {self.manifest.get('format')!r}, this llmscale reads {FORMAT}; "
-                "use the llmscale that wrote it"
-            )
-        if self.manifest.get("crc32") != _crc32_of(self.manifest):
+        kind = self.manifest.get("format")
+        # First: what was altered may be the format.
+        if self.manifest.get("crc32") != _crc32_of(self.manifest) and (kind == FORMAT or "crc32" in self.manifest):
             raise Damaged(f"{path}/manifest.json: was altered (its checksum differs); use another checkpoint")
+        if kind != FORMAT:
+            raise CheckpointError(
+                f"{path}/manifest.json: format {kind!r}, this llmscale reads {FORMAT}; use the llmscale that wrote it"
+            )
         for name, about in self.manifest["files"].items():
-            file = path / name
-            found = file.stat().st_size if file.is_file() else None
+            file, found = path / name, None
+            with suppress(FileNotFoundError), reading(file):
+                found = file.stat().st_size
             if found != about["bytes"]:
                 what = "is missing" if found is None else f"has {found} bytes instead of {about['bytes']}"
                 raise Damaged(f"{file}: {what}; use another checkpoint of {path.parent}")
@@ -110,11 +117,12 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:
-            text = file.read_bytes()
+            with reading(file):
+                text = file.read_bytes()
             content = json.loads(text)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise Damaged(f"{self.path}: no {name}, so this is not a whole llmscale checkpoint") from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise Damaged(f"{file}: cannot be read ({error}); use another checkpoint") from None
         if not isinstance(content, dict):
             raise Damaged(f"{file}: a JSON object is wanted; use another checkpoint")
@@ -164,11 +172,12 @@ class Checkpoint:
         """One tensor of one file, compared with its checksum.
 
         Raises:
-            Damaged: it cannot be read, or was altered.
+            Damaged: it is not there, or was altered. CheckpointError: it is out of reach.
         """
         try:
-            result = self._file(file).read(key)
-        except (OSError, ValueError) as error:
+            with reading(self.path / file):
+                result = self._file(file).read(key)
+        except (FileNotFoundError, ValueError) as error:
             raise Damaged(f"{self.path / file}: {key} cannot be read ({error}); use another checkpoint") from None
         if zlib.crc32(raw_bytes(result)) != crc32:
             raise Damaged(f"{self.path / file}: {key} was altered (its checksum differs); use another checkpoint")
@@ -189,8 +198,9 @@ class Checkpoint:
         for name, about in self.manifest["files"].items():
             if name.endswith(".safetensors"):
                 try:
-                    altered = zlib.crc32(self._file(name).head) != about["head_crc32"]
-                except (OSError, ValueError):
+                    with reading(self.path / name):
+                        altered = zlib.crc32(self._file(name).head) != about["head_crc32"]
+                except (FileNotFoundError, ValueError):
                     altered = True
                 if altered:
                     yield f"{self.path / name}: its header was altered (its checksum differs)"
@@ -295,8 +305,3 @@ class Checkpoint:
         if self.weights[name].cut == "replicated":
             return self.run(name, state, 0, start, numel)
         return self.part(name, state, tensor_rank, tensor_size).reshape(-1)[start : start + numel]
-
-    def whole_weights(self) -> Iterator[tuple[Weight, torch.Tensor]]:
-        """All weights, one whole tensor at a time."""
-        for name, weight in self.weights.items():
-            yield weight, self.whole(name)

@@ -1,37 +1,50 @@
-"""Which checkpoints a run directory has: the newest whole one, and which to remove."""
+"""Which checkpoints a run directory has: the whole ones, what a name stands for, and which to remove."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
-from llmscale.checkpoint.place import filesystem, is_remote, place_of, remove
+from llmscale.checkpoint.place import filesystem, is_remote, place_of, reading, remove, set_aside
+from llmscale.config import yaml_text
 from llmscale.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
+_STEP = re.compile(r"step_\d{8,}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under a folder, oldest first, whole or not; nothing that is still being written."""
-    if is_remote(folder):
-        filesystem(folder)
-    if not folder.is_dir():
+    """The checkpoints under a folder, oldest first, whole or not; nothing that is still being written.
+
+    Raises:
+        CheckpointError: the folder cannot be read now.
+    """
+    try:
+        with reading(folder):
+            if is_remote(folder):
+                names = [str(name) for name in filesystem(folder).ls(cast(Any, folder).path, detail=False)]
+                found = [folder / name.rstrip("/").rpartition("/")[2] for name in names]
+            else:
+                found = [path for path in folder.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in found if _STEP.fullmatch(path.name)), key=step_of)
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; broken ones are passed over with a warning."""
-    return next(whole(folder), None)
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(path.name.removeprefix("step_"))
 
 
-def whole(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints that are whole as far as sizes tell, newest first; others are passed over with a warning."""
-    for path in reversed(checkpoints(folder)):
+def whole(paths: Sequence[Path]) -> Iterator[Checkpoint]:
+    """Those of the checkpoints, oldest first, that are whole as far as sizes tell, newest first; others are passed
+    over with a warning."""
+    for path in reversed(paths):
         try:
             yield Checkpoint(path)
         except Damaged as error:
@@ -39,52 +52,123 @@ def whole(folder: Path) -> Iterator[Checkpoint]:
 
 
 def candidates(resume: str, folder: Path) -> Iterator[Checkpoint]:
-    """What `checkpoint.resume` names, the best first: auto, never, or a checkpoint or a folder of them.
+    """What a run of `checkpoint.resume` may go on from, the best first: auto, never, or a name (`named`).
+
+    Where a name was followed before, what that run has saved since under `folder` comes first: a job that is started
+    again with the same config goes on.
 
     Raises:
         CheckpointError: the path that was asked for, or a folder that has checkpoints, holds no whole one.
     """
     if resume == "never":
         return
+    own, found = checkpoints(folder), None
     if resume == "auto":
-        found = None
-        for found in whole(folder):
+        for found in whole(own):
             yield found
-        if found is None and checkpoints(folder):
+        if found is None and own:
             raise CheckpointError(
                 f"{folder}: none of its checkpoints is whole; copy one there, or set checkpoint.resume to never"
             )
         return
-    named = _at(place_of(resume))
-    if named is None:
+    for found in whole(own):
+        if found.manifest["config"].get("checkpoint", {}).get("resume") != resume:
+            break
+        yield found
+    found = None
+    for found in whole(named(resume)):
+        yield found
+    if found is None:
         raise CheckpointError(
             f"checkpoint.resume: {resume} holds no whole checkpoint; name a step_* folder or a run directory"
         )
-    yield named
 
 
-def open_checkpoint(named: str | Path) -> Checkpoint:
+def open_checkpoint(name: str | Path) -> Checkpoint:
     """A step's folder, or the newest whole checkpoint of a run directory, here or in a store.
 
     Raises:
         UsageError: there is none. CheckpointError: the step that was named is broken.
     """
-    place = place_of(named)
-    found = _at(place)
+    paths = named(name)
+    found = Checkpoint(paths[0]) if paths == [place_of(name)] else next(whole(paths), None)
     if found is None:
-        raise UsageError(f"{place}: no whole checkpoint there; name a step_* folder or a run directory")
+        raise UsageError(f"{name}: no whole checkpoint there; name a step_* folder or a run directory")
     return found
 
 
-def _at(place: Path) -> Checkpoint | None:
-    if (place / "manifest.json").is_file():
-        return Checkpoint(place)
-    return newest_whole(place) or newest_whole(place / "checkpoints")
+def named(name: str | Path) -> list[Path]:
+    """The checkpoints that a name stands for, oldest first, whole or not: a step's own folder, a run directory (whose
+    config.yaml says where they lie), or a folder of them.
+
+    Raises:
+        CheckpointError: it cannot be read now.
+    """
+    place = place_of(name)
+    if (_STEP.fullmatch(place.name) and not _is_missing(place)) or not _is_missing(place / "manifest.json"):
+        return [place]
+    for folder in (_configured(place), place / "checkpoints", place):
+        if folder is not None and (found := checkpoints(folder)):
+            return found
+    return []
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints (0 keeps all). Returns what was removed."""
-    stale = checkpoints(folder)[:-keep] if keep else []
-    for path in stale:
+def _is_missing(place: Path) -> bool:
+    try:
+        with reading(place):
+            place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
+
+
+def _configured(run: Path) -> Path | None:
+    """Where the config of a run directory puts its checkpoints, if it says so."""
+    try:
+        with reading(run):
+            config = yaml_text.parse((run / "config.yaml").read_text(encoding="utf-8"))
+        folder = config["checkpoint"]["folder"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, yaml_text.Invalid, KeyError, TypeError):
+        return None
+    return place_of(folder) if isinstance(folder, str) else None
+
+
+def abandon(folder: Path, begun: Path | None) -> list[Path]:
+    """Set aside the checkpoints under a folder that a run which begins at `begun` has not come from.
+
+    These are the ones of later steps, or all where it begins elsewhere. Returns where they are now. What is left under
+    the folder is behind the run, and what it saves is newer.
+    """
+    own = checkpoints(folder)
+    behind = next((index + 1 for index, path in enumerate(own) if begun is not None and _same(path, begun)), 0)
+    return [set_aside(path) for path in own[behind:]]
+
+
+def _same(one: Path, other: Path) -> bool:
+    if is_remote(one) or is_remote(other):
+        return str(one) == str(other)
+    return os.path.samefile(one, other)
+
+
+def prune(folder: Path, keep: int, newest: Path) -> list[Path]:
+    """Keep the `keep` newest checkpoints that are whole (0 keeps all); remove what is older than these.
+
+    newest: the one just saved, which counts as the first. Returns what was removed.
+    """
+    if not keep:
+        return []
+    older = [path for path in checkpoints(folder) if step_of(path) < step_of(newest)]
+    left = keep - 1
+    while older and left:
+        left -= _opens(older.pop())
+    for path in older:
         remove(path)
-    return stale
+    return older
+
+
+def _opens(path: Path) -> bool:
+    try:
+        Checkpoint(path)
+    except Damaged:
+        return False
+    return True

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from llmscale.checkpoint.format import FORMAT, Entry, Fragment, seal
-from llmscale.checkpoint.place import is_remote, remove
+from llmscale.checkpoint.place import is_remote, make_folder, remove, set_aside
 from llmscale.checkpoint.tensor_file import Header, write
 from llmscale.errors import CheckpointError
 
@@ -67,11 +67,11 @@ class Saver:
         self,
         folder: Path,
         asynchronous: bool,
-        committed: Callable[[], Any] = lambda: None,
+        committed: Callable[[Path], Any] = lambda path: None,
         committing: Callable[[], Any] = lambda: None,
     ) -> None:
-        """committed: called by rank 0 after each commit, in the thread that writes. committing: before it; what that
-        raises, the save fails with.
+        """committed: called by rank 0 after each commit, in the thread that writes; it may fail, with a warning.
+        committing: before it; what that raises, the save fails with.
         """
         self._folder, self._asynchronous = folder, asynchronous
         self._committed, self._committing = committed, committing
@@ -81,6 +81,9 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: Saved | None = None
+        self._broken: BaseException | None = None
+        if dist.get_rank() == 0:
+            _sweep(folder)
 
     def save(
         self,
@@ -114,10 +117,12 @@ class Saver:
         return None if running.item() else self.wait()
 
     def wait(self) -> Saved | None:
-        """Wait for a save under way, and give how it ended."""
+        """Wait for a save under way, and give how it ended. Raises what its collectives did: another rank is lost."""
         if self._thread is None:
             return None
         self._thread.join()
+        if self._broken is not None:
+            raise self._broken
         self._thread, ended, self._ended = None, self._ended, None
         return ended
 
@@ -137,9 +142,10 @@ class Saver:
             self._write(step, part, facts, path)
         except CheckpointError as caught:
             error = str(caught)
-        except BaseException as caught:  # a thread's own would be lost
-            logger.exception("saving failed")
-            error = f"{path}: the checkpoint cannot be written: {type(caught).__name__}: {caught}"
+        except BaseException as caught:
+            # Of the collectives: another rank is gone. `wait` raises it where it is understood.
+            self._broken = caught
+            return
         self._ended = Saved(step, path, time.monotonic() - began, error)
 
     def _write(self, step: int, part: _Part, facts: Mapping[str, Any], final: Path) -> None:
@@ -150,8 +156,8 @@ class Saver:
             self._committing()
             _commit(work, final, step, facts, written)
 
+        self._together(lambda: _fresh(work) if rank == 0 else None, f"{work}: cannot be made")
         try:
-            self._together(lambda: _fresh(work) if rank == 0 else None, f"{work}: cannot be made")
             written = self._together(
                 lambda: _write_part(work / part.file, part), f"{final}: the checkpoint cannot be written"
             )
@@ -161,11 +167,14 @@ class Saver:
             )
         except CheckpointError:
             if rank == 0:
-                with suppress(OSError):
+                with suppress(Exception):  # a store's package has errors of its own
                     _clear(work)
             raise
         if rank == 0:
-            self._committed()
+            try:
+                self._committed(final)
+            except Exception as error:  # whatever became of older ones: this one is whole
+                logger.warning("%s is saved; older checkpoints could not be removed: %s", final, error)
 
     def _together(self, action: Callable[[], Any], failure: str) -> list[Any]:
         """Run `action` on every rank and give every rank all results; if one fails, all raise the same error."""
@@ -179,22 +188,6 @@ class Saver:
         if errors := [error for _, error in outcomes if error]:
             raise CheckpointError(f"{failure}: {errors[0]}; older checkpoints are untouched")
         return [result for result, _ in outcomes]
-
-
-def save(
-    folder: Path,
-    step: int,
-    fragments: Sequence[Fragment],
-    random_state: Mapping[str, torch.Tensor],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Save a step and wait for it. Raises CheckpointError on every rank when one of them cannot write."""
-    saver = Saver(folder, asynchronous=False)
-    saver.save(step, fragments, random_state, facts)
-    ended = saver.wait()
-    if ended is None or ended.error:
-        raise CheckpointError(ended.error if ended and ended.error else f"{folder}: nothing was saved")
-    return ended.path
 
 
 def _part(file: str, fragments: Sequence[Fragment], random_state: Mapping[str, torch.Tensor]) -> _Part:
@@ -222,9 +215,10 @@ def _write_part(path: Path, part: _Part) -> tuple[str, dict[str, Any], list[tupl
 
 
 def _fresh(work: Path) -> None:
+    if is_remote(work) and (work / "manifest.json").exists():
+        set_aside(work)
     _clear(work)
-    if not is_remote(work):
-        work.mkdir(parents=True)
+    make_folder(work)
 
 
 def _clear(work: Path) -> None:
@@ -232,6 +226,14 @@ def _clear(work: Path) -> None:
         remove(work)
     else:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves and removals that were killed have left."""
+    if not is_remote(folder):
+        for kind in ("tmp", "removed"):
+            for path in folder.glob(f".step_*.{kind}"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _commit(work: Path, final: Path, step: int, facts: Mapping[str, Any], written: Sequence[Any]) -> None:
@@ -245,8 +247,8 @@ def _commit(work: Path, final: Path, step: int, facts: Mapping[str, Any], writte
     if is_remote(final):
         return
     if final.exists():
-        # The same step again, after a resume from an earlier one.
-        remove(final)
+        # Rare: a run sets later steps aside before it begins. Killed before the next line, it has lost no whole one.
+        set_aside(final)
     work.rename(final)
     descriptor = os.open(final.parent, os.O_RDONLY)
     os.fsync(descriptor)

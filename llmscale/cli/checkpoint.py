@@ -16,11 +16,15 @@ def command() -> None:
     """List, inspect and verify checkpoints."""
 
 
-def _folder(run: str) -> Path:
+def _checkpoints(name: str) -> list[Path]:
+    """What a name stands for. Raises UsageError where there is nothing of that name."""
     from llmscale.checkpoint.place import place_of
+    from llmscale.checkpoint.retention import named
 
-    path = place_of(run)
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = named(name)
+    if not found and not place_of(name).is_dir():
+        raise UsageError(f"{name}: no such folder; name a run directory, or where its checkpoints lie")
+    return found
 
 
 @command.command("list", epilog="Example: llmscale checkpoint list runs/demo --json")
@@ -29,13 +33,9 @@ def _folder(run: str) -> Path:
 def list_command(run: str, as_json: bool) -> None:
     """List the checkpoints of RUN, a run directory, oldest first."""
     from llmscale.checkpoint.format import Checkpoint
-    from llmscale.checkpoint.retention import checkpoints
 
-    folder = _folder(run)
-    if not folder.is_dir():
-        raise UsageError(f"{run}: no such folder; name a run directory, or where its checkpoints lie")
     rows: list[dict[str, Any]] = []
-    for path in checkpoints(folder):
+    for path in _checkpoints(run):
         try:
             found = Checkpoint(path)
             size = sum(about["bytes"] for about in found.manifest["files"].values())
@@ -53,7 +53,7 @@ def list_command(run: str, as_json: bool) -> None:
         )
         click.echo(f"{row['path']}  {whole or 'BROKEN: ' + row['broken']}")
     if not rows:
-        click.echo(f"no checkpoints in {folder}", err=True)
+        click.echo(f"no checkpoints in {run}", err=True)
 
 
 @command.command(epilog="Example: llmscale checkpoint inspect runs/demo/checkpoints/step_00000100")
@@ -78,31 +78,33 @@ def inspect(checkpoint: str, as_json: bool) -> None:
         click.echo(f"  {name} {shape}")
 
 
-@command.command(epilog="Example: llmscale checkpoint verify runs/demo/checkpoints/step_00000100")
+@command.command(epilog="Example: llmscale checkpoint verify runs/demo")
 @click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify(context: click.Context, checkpoint: str, as_json: bool) -> None:
-    """Compare every byte of CHECKPOINT with its checksums; its numbers must be finite. Exit code 1 if it is broken."""
-    from llmscale.checkpoint.format import Checkpoint, Damaged
-    from llmscale.checkpoint.place import place_of
-    from llmscale.checkpoint.retention import checkpoints
+    """Compare every byte of CHECKPOINT, or of all checkpoints of a run directory, with its checksums.
 
-    named = place_of(checkpoint)
-    path = named if (named / "manifest.json").exists() else None
-    if path is None:
-        found = checkpoints(_folder(checkpoint))
-        if not found:
-            raise UsageError(f"{checkpoint}: no checkpoint there; name a step_* folder or a run directory")
-        path = found[-1]
-    try:
-        opened = Checkpoint(path)
-        problems = list(opened.problems())
-    except Damaged as error:
-        problems = [str(error)]
+    Its numbers must be finite. Exit code 1 if any is broken.
+    """
+    from llmscale.checkpoint.format import Checkpoint, Damaged
+
+    paths = _checkpoints(checkpoint)
+    if not paths:
+        raise UsageError(f"{checkpoint}: no checkpoint there; name a step_* folder or a run directory")
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            opened = Checkpoint(path)
+            problems = list(opened.problems())
+        except Damaged as error:
+            problems = [str(error)]
+        rows.append({"path": str(path), "whole": not problems, "problems": problems})
+        if not problems and not as_json:
+            click.echo(f"{path}: whole, {len(opened.weights)} weights, states {', '.join(opened.states)}")
+    found = [problem for row in rows for problem in row["problems"]]
     if as_json:
-        click.echo(json.dumps({"path": str(path), "whole": not problems, "problems": problems}))
-        context.exit(1 if problems else 0)
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    click.echo(f"{path}: whole, {len(opened.weights)} weights, states {', '.join(opened.states)}")
+        click.echo(json.dumps({"path": checkpoint, "whole": not found, "problems": found, "checkpoints": rows}))
+        context.exit(1 if found else 0)
+    if found:
+        raise CheckpointError("\n".join(found))

@@ -247,6 +247,11 @@ def _across(values: Mapping[str, Any], path: Path, world_size: int | None, check
     if training and data and training.validation_interval and not data.validation:
         reason = f"{training.validation_interval}, but data.validation names no source"
         problems.append(Problem("training.validation_interval", reason, "name one, or use 0"))
+    resume = values["checkpoint"].resume if "checkpoint" in values else "auto"
+    close = messages.nearest(resume, ("auto", "never"))
+    if close not in (None, resume) and not Path(resume).exists():
+        reason = f"there is nothing at {messages.shown(resume)}"
+        problems.append(Problem("checkpoint.resume", reason, f"did you mean {close}?"))
     stage = 1
     if deepspeed.KEY in values:
         try:

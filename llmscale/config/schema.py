@@ -243,12 +243,12 @@ class Checkpoint(Section):
     """Saving and resuming."""
 
     interval: Int = Field(0, ge=0, description="Save every so many steps, and at the end; 0 saves nothing.")
-    keep: Int = Field(0, ge=0, description="Keep this many of the newest checkpoints; 0 keeps all.")
+    keep: Int = Field(0, ge=0, description="Keep this many of the newest whole checkpoints; 0 keeps all.")
     resume: str = Field(
         "auto",
         min_length=1,
         description="auto: from the newest whole checkpoint of the run directory, if there is one; never; "
-        "or the path of a checkpoint.",
+        "or the path of a checkpoint or a run, until the run has saved since.",
     )
     folder: str | None = Field(
         None,
@@ -263,7 +263,8 @@ class Checkpoint(Section):
     )
     on_error: Literal["stop", "continue"] = Field(
         "stop",
-        description="What a failed save does: end the run, or be warned of, and tried again at the next interval.",
+        description="What a failed save does: end the run, or be warned of, and tried again at the next interval. The "
+        "last one always counts.",
     )
     start_from: str | None = Field(
         None,

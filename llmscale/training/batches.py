@@ -57,7 +57,7 @@ class Checked(NamedTuple):
         return cls(micro_batches(rows, size, device, end_of_document), zlib.crc32(rows.data))
 
 
-def agreed(read: Iterator[Checked], group: dist.ProcessGroup, device: torch.device) -> Iterator[list[Batch]]:
+def compared(read: Iterator[Checked], group: dist.ProcessGroup, device: torch.device) -> Iterator[list[Batch]]:
     """The micro-batches of each step, which all ranks of a tensor- and pipeline-parallel group have alike.
 
     Raises:

@@ -29,7 +29,7 @@ from llmscale.models.family import Family
 from llmscale.training.flops import flops_per_token, peak_tflops
 from llmscale.training.loop import StepResult, StepTimes
 from llmscale.training.progress import Display
-from llmscale.training.sinks.base import Sink
+from llmscale.training.sinks.base import Patient, Sink
 from llmscale.training.sinks.jsonl import Jsonl
 from llmscale.training.sinks.loss_plot import LossPlot
 from llmscale.training.sinks.tensorboard import TensorBoard
@@ -112,7 +112,8 @@ class Recorder:
             return self
         with ExitStack() as stack:
             self._output.mkdir(parents=True, exist_ok=True)
-            for sink in self._open():
+            for opened in self._open():
+                sink = Patient(type(opened).__name__, opened)
                 stack.callback(sink.close)
                 self._sinks.append(sink)
             self._display.table(self._lines)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from llmscale.checkpoint.format import Checkpoint, Damaged
+from llmscale.checkpoint.format import Checkpoint
 from llmscale.checkpoint.place import place_of
-from llmscale.checkpoint.retention import candidates, open_checkpoint, prune
+from llmscale.checkpoint.retention import open_checkpoint, prune
 from llmscale.checkpoint.save import Saved, Saver
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
@@ -33,13 +33,14 @@ from llmscale.errors import CheckpointError, ConfigError, Problem, TrainingError
 from llmscale.models.family import Family, families
 from llmscale.models.stage import build_stages
 from llmscale.training import report, state
-from llmscale.training.batches import Batch, Checked, agreed
+from llmscale.training.batches import Batch, Checked, compared
 from llmscale.training.engine import Engine, quiet_deepspeed
 from llmscale.training.fence import Fence
 from llmscale.training.learning_rate import learning_rate
 from llmscale.training.loop import Events, StepResult, StepTimes, train
 from llmscale.training.metrics import Recorder
 from llmscale.training.optimizer import build_optimizer, moments
+from llmscale.training.resume import agreed, layout_changes, load_newest, set_others_aside, what_changed
 from llmscale.training.sinks.wandb import check_available
 from llmscale.versions import versions
 
@@ -170,12 +171,16 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     )
     stack.callback(engine.close)
     folder = place_of(config.checkpoint.folder or output / "checkpoints")
-    checkpoint, seen = _resume_newest(engine, run, folder, launch.rank)
+    checkpoint, loaded = load_newest(
+        config.checkpoint.resume, folder, lambda found: _resume(engine, found, run, launch.rank)
+    )
+    seen = loaded or Seen()
     beginning = None
     if checkpoint is None and config.checkpoint.start_from:
-        beginning = open_checkpoint(config.checkpoint.start_from)
+        beginning = agreed(partial(open_checkpoint, config.checkpoint.start_from))
+    if beginning is not None:
         state.start_from(engine, beginning, config.model)
-    described = {**asdict(run.layout), "data": run.layout.data}
+    described = _described(run.layout)
     lines = report.start_report(
         config, run.family, engine, launch, device, run.deepspeed.offload, moments(config.optimizer)
     )
@@ -187,7 +192,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     if beginning is not None:
         recorder.note(f"begins with the weights of {beginning.path}")
     if checkpoint is not None:
-        recorder.note(f"resumed from {checkpoint.path} at step {seen.steps}{_changes(checkpoint, described)}")
+        for note in what_changed(checkpoint, described, config, seen.random):
+            recorder.note(note)
         for note in seen.notes:
             recorder.note(f"data: {note}")
 
@@ -204,13 +210,18 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
             collate=lambda rows: Checked.of(rows, config.training.micro_batch_size, device, end),
         )
 
+    for path in set_others_aside(folder, checkpoint) if config.checkpoint.interval else ():
+        recorder.note(f"set aside, as this run has not come from it; remove it when it is not wanted: {path}")
     saver = Saver(folder, config.checkpoint.asynchronous, partial(prune, folder, config.checkpoint.keep), fence.check)
     figures: dict[str, float] = {}
+    unsaved: str | None = None
     skips = config.data.on_error == "skip"
 
     def ended(saved: Saved | None) -> None:
+        nonlocal unsaved
         if saved is None:
             return
+        unsaved = saved.error
         if saved.error is None:
             figures["checkpoint_seconds"] = saved.seconds
             recorder.saved(saved.path)
@@ -229,7 +240,7 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
 
     def validation(stream: Stream) -> Iterator[list[Batch]]:
         with loader(stream, 0, config.training.validation_batches) as batches:
-            yield from agreed(batches, groups.model, device)
+            yield from compared(batches, groups.model, device)
         if skips:
             _left_out(stream, 0, run.layout)
 
@@ -259,12 +270,17 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     early = _most_of_ranks(stop.received() is not None) > 0
     if not early:
         try:
-            read = agreed(ahead, groups.model, device)
+            read = compared(ahead, groups.model, device)
             last = train(engine, read, validate, rate, config, seen.steps, events)
         except TrainingError:  # on all ranks alike: what is being saved is worth its time
             saver.wait()
             raise
         ended(saver.wait())
+    if unsaved is not None:
+        raise CheckpointError(f"the last save failed, and with it the newest steps are lost: {unsaved}")
+    if seconds := figures.get("checkpoint_seconds"):  # no row of metrics follows
+        paused = figures.get("checkpoint_pause_seconds", 0.0)
+        recorder.note(f"the last save took {seconds:.2f} s, of which training stood still {paused:.2f} s")
     if last < config.training.steps and (early or engine.stopping):
         recorder.note(f"stopped after step {last} of {config.training.steps}: {stop.received() or 'another rank'}")
         return Ended(last, stopped=True)
@@ -288,29 +304,14 @@ def _most_of_ranks(value: float) -> float:
 
 @dataclass(frozen=True)
 class Seen:
-    """What lies behind a run. notes: how its data is not as it was when that was saved."""
+    """What lies behind a run. notes: how its data is not as it was when that was saved. random: no random state is
+    missing that the layout would allow."""
 
     steps: int = 0
     sequences: int = 0
     tokens: int = 0
     notes: tuple[str, ...] = ()
-
-
-def _resume_newest(engine: Engine, run: Run, folder: Path, rank: int) -> tuple[Checkpoint | None, Seen]:
-    """Load what checkpoint.resume names; with auto, the one before a checkpoint that turns out to be damaged."""
-    resume, damaged = run.config.checkpoint.resume, ""
-    for checkpoint in candidates(resume, folder):
-        try:
-            return checkpoint, _resume(engine, checkpoint, run, rank)
-        except Damaged as error:
-            if resume != "auto":
-                raise
-            damaged = str(error)
-            if rank == 0:
-                logger.warning("passing over a broken checkpoint: %s", error)
-    if damaged:
-        raise CheckpointError(f"{damaged}; no older one is whole: copy one there, or set checkpoint.resume to never")
-    return None, Seen()
+    random: bool = True
 
 
 def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen:
@@ -321,10 +322,13 @@ def _resume(engine: Engine, checkpoint: Checkpoint, run: Run, rank: int) -> Seen
             f"checkpoint.resume: {checkpoint.path} holds weights alone; name it in checkpoint.start_from"
         )
     notes = run.train.resume(saved["data"])
-    state.restore(engine, checkpoint)
-    if not _changes(checkpoint, {**asdict(run.layout), "data": run.layout.data}):
-        state.restore_random_state(checkpoint, rank)
-    return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes))
+    state.restore(engine, checkpoint, run.config)
+    random = layout_changes(checkpoint, _described(run.layout)) or state.restore_random_state(checkpoint, rank)
+    return Seen(checkpoint.step, saved["data"]["position"], saved["tokens"], tuple(notes), bool(random))
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    return {**asdict(layout), "data": layout.data}
 
 
 def _of_all_ranks(stream: Stream, own: dict[str, Any], layout: Layout) -> dict[str, Any]:
@@ -364,21 +368,6 @@ def _data_figures(stream: Stream, position: int) -> dict[str, Any]:
     if fetched.get("requests"):
         row |= {f"data_{name}": value for name, value in fetched.items()}
     return row
-
-
-def _changes(checkpoint: Checkpoint, described: dict[str, Any]) -> str:
-    """What of the layout is not as it was saved, in words; "" where all is the same."""
-    saved = checkpoint.manifest["layout"]
-    changed = [name for name, value in described.items() if _plain(value) != saved.get(name)]
-    return (
-        f", on another layout ({', '.join(f'{n} {saved.get(n)} -> {described[n]}' for n in changed)})"
-        if changed
-        else ""
-    )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def manifest(

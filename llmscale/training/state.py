@@ -14,12 +14,15 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Fragment
-from llmscale.config.schema import Model
-from llmscale.errors import CheckpointError
+from llmscale.config.schema import Model, RunConfig
+from llmscale.errors import CheckpointError, LlmscaleError
 from llmscale.models.family import families
 from llmscale.models.stage import EMBEDDING
 from llmscale.training.engine import Engine
+from llmscale.training.optimizer import STATES
 from llmscale.training.zero import Owned
+
+ANEW = "give the run another output_dir, or set checkpoint.resume to never"
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
@@ -51,16 +54,24 @@ def _parts(engine: Engine) -> Iterator[tuple[Fragment, Owned]]:
 
 
 @torch.no_grad()
-def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, config: RunConfig) -> None:
     """Load weights and optimizer state, from a checkpoint of any layout.
 
     Raises:
-        CheckpointError: it is of another model, or of another optimizer.
+        CheckpointError: it is of another model, or of another optimizer; names the keys.
     """
+    _check_computation(checkpoint, config.model, "resume", f"set it so, {ANEW}")
     states = [state for state in checkpoint.states if state != WEIGHT]
+    kept = STATES[config.optimizer.name]
+    if states and set(states) != set(kept):
+        raise CheckpointError(
+            f"checkpoint.resume: {checkpoint.path} holds {' and '.join(states)} of its optimizer, and optimizer.name: "
+            f"{config.optimizer.name} keeps {' and '.join(kept)}; set the one it was saved with, or begin "
+            "a new run with its weights by checkpoint.start_from"
+        )
     if states:
         engine.zero.make_state(states, checkpoint.step)
-    _load(engine, checkpoint, checkpoint.states, "give the run another output_dir, or set checkpoint.resume to never")
+    _load(engine, checkpoint, checkpoint.states, ANEW)
 
 
 @torch.no_grad()
@@ -70,13 +81,18 @@ def start_from(engine: Engine, checkpoint: Checkpoint, model: Model) -> None:
     Raises:
         CheckpointError: it is of another model; names the keys.
     """
-    ours, theirs = _computation(model), _computation(checkpoint.model)
-    if changed := [f"model.{key} is {ours[key]}, and was {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
-        raise CheckpointError(
-            f"checkpoint.start_from: {checkpoint.path} is of another model: {'; '.join(changed[:3])}; set it so, or "
-            "name its model.yaml as model.preset"
-        )
+    _check_computation(checkpoint, model, "start_from", "set it so, or name its model.yaml as model.preset")
     _load(engine, checkpoint, (WEIGHT,), "name its model.yaml as model.preset")
+
+
+def _check_computation(checkpoint: Checkpoint, model: Model, key: str, fix: str) -> None:
+    ours, theirs = _computation(model), _computation(checkpoint.model)
+    if changed := [
+        f"model.{name} is {ours[name]}, and was {theirs[name]}" for name in ours if ours[name] != theirs[name]
+    ]:
+        raise CheckpointError(
+            f"checkpoint.{key}: {checkpoint.path} is of another model: {'; '.join(changed[:3])}; {fix}"
+        )
 
 
 def _computation(model: Model) -> dict[str, Any]:
@@ -85,7 +101,11 @@ def _computation(model: Model) -> dict[str, Any]:
     return settled.model_dump(exclude={"preset", "dropout", "init_std", "max_position_embeddings"})
 
 
-def _check_shapes(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:
+def _check_weights(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:
+    if others := sorted(set(checkpoint.index) ^ set(checkpoint.weights)):
+        raise CheckpointError(
+            f"{checkpoint.path}: its weights are not those of its model: {', '.join(others[:3])}; {fix}"
+        )
     expected = {weight.name: weight for stage in engine.stages for weight, _ in stage.weights()}
     for name, weight in expected.items():
         saved = checkpoint.weights.get(name)
@@ -98,7 +118,7 @@ def _check_shapes(engine: Engine, checkpoint: Checkpoint, fix: str) -> None:
 
 def _load(engine: Engine, checkpoint: Checkpoint, states: Sequence[str], fix: str) -> None:
     def read() -> None:
-        _check_shapes(engine, checkpoint, fix)
+        _check_weights(engine, checkpoint, fix)
         for part, owned in _parts(engine):
             targets = {WEIGHT: owned.master, **engine.zero.state(owned)}
             for state in states:
@@ -107,18 +127,18 @@ def _load(engine: Engine, checkpoint: Checkpoint, states: Sequence[str], fix: st
                 )
                 targets[state].copy_(values)
 
-    _on_all_ranks(read)
+    on_all_ranks(read)
     engine.zero.publish_masters()
 
 
-def _on_all_ranks(read: Callable[[], None]) -> None:
+def on_all_ranks(read: Callable[[], object]) -> None:
     """What is wrong on one rank is raised on all: they go on together, or not at all."""
-    problem: CheckpointError | None = None
+    problem: LlmscaleError | None = None
     try:
         read()
-    except CheckpointError as error:
+    except LlmscaleError as error:
         problem = error
-    problems: list[CheckpointError | None] = [None] * dist.get_world_size()
+    problems: list[LlmscaleError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for found in problems:
         if found is not None:
@@ -135,12 +155,19 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random_state(checkpoint: Checkpoint, rank: int) -> None:
-    """Put this rank's random state back as it was saved."""
+def restore_random_state(checkpoint: Checkpoint, rank: int) -> bool:
+    """Put this rank's random state back as it was saved; False where it is of another kind of device or generator."""
     saved: dict[str, torch.Tensor] = {}
-    _on_all_ranks(lambda: saved.update(checkpoint.random_state(f"rank_{rank:05d}.safetensors")))
+    on_all_ranks(lambda: saved.update(checkpoint.random_state(f"rank_{rank:05d}.safetensors")))
+    if _kinds(saved) != _kinds(random_state()):
+        return False
     torch.set_rng_state(saved["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
     tracker = get_cuda_rng_tracker()
     tracker.set_states({name: saved[f"tracker.{name}"] for name in tracker.get_states()})
+    return True
+
+
+def _kinds(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

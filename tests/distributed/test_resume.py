@@ -21,7 +21,8 @@ from llmscale.checkpoint.format import Checkpoint
 from llmscale.data.shards import SplitWriter
 from tests.distributed.layouts import Case
 from tests.distributed.processes import command, in_processes
-from tests.distributed.test_matrix import SEQUENCE, VOCAB, run_config, train
+from tests.distributed.test_matrix import BF16_TOLERANCE, SEQUENCE, VOCAB, run_config, train
+from tests.ports import free_ports
 
 STEPS = 6
 SAME = ("step", "tokens", "loss", "grad_norm", "learning_rate")
@@ -128,6 +129,7 @@ BEFORE = {
     "interleaved": Case(1, False, 2, 2, 2, zero=3),
     "offload": Case(1, False, 1, 1, 2, zero=2, offload=True),
     "wide": Case(4, True, 1, 1, 1, zero=0),
+    "bf16": Case(1, False, 2, 1, 2, zero=2),
 }
 # 5 layers: stages of 4 chunks are uneven. Each of tensor, sequence, pipeline, virtual pipeline, data parallelism, ZeRO
 # stage and offload comes, goes and changes.
@@ -145,6 +147,8 @@ PAIRS = [
     ("offload", Case(1, False, 1, 1, 4, zero=1)),
     ("offload", Case(1, False, 2, 1, 2, zero=3, offload=True)),
     ("wide", Case(1, zero=1)),
+    ("bf16", Case(2, True, 1, 1, 1, zero=1)),
+    ("bf16", Case(1, False, 4, 1, 1, zero=3)),
 ]
 
 
@@ -156,12 +160,16 @@ def movable(case: Case, corpus: Path, output: Path, precision: str = "fp32") -> 
     return config
 
 
+def precision_of(name: str) -> str:
+    return "bf16" if name == "bf16" else "fp32"
+
+
 @pytest.fixture(scope="module")
 def whole_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs that never changed, each with a checkpoint in the middle."""
     folder = tmp_path_factory.mktemp("whole")
     for name, case in BEFORE.items():
-        train(movable(case, corpus, folder / name), case.world_size, folder)
+        train(movable(case, corpus, folder / name, precision_of(name)), case.world_size, folder)
     return {name: folder / name for name in BEFORE}
 
 
@@ -176,12 +184,14 @@ def test_a_run_resumes_on_another_layout(
     before: str, after: Case, whole_runs: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     moved(whole_runs[before], tmp_path / "moved")
-    train(movable(after, corpus, tmp_path / "moved"), after.world_size, tmp_path)
+    train(movable(after, corpus, tmp_path / "moved", precision_of(before)), after.world_size, tmp_path)
     rows = rows_of(tmp_path / "moved")
     assert len(rows) == STEPS
+    # bf16 is rounded at other places on other layouts: docs/design.md.
+    loss, norm = (BF16_TOLERANCE["loss"], BF16_TOLERANCE["norm"]) if before == "bf16" else (1e-5, 1e-5)
     for one, two in zip(rows_of(whole_runs[before]), rows, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], rel=loss)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=norm)
         assert two["learning_rate"] == one["learning_rate"]
 
 
@@ -241,27 +251,27 @@ def test_a_run_that_blows_up_ends_in_one_line_and_keeps_what_was_being_saved(cor
 
 
 def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of steps and saves, to a real process."""
-    steps = 40
+    """SIGKILL in the middle of steps and saves, to one of two real processes, and then to the other."""
+    steps, case = 40, Case(1, False, 1, 1, 2, zero=2)
     configs = []
     for name in ("whole", "killed"):
-        config = config_of(Case(), corpus, tmp_path / name, "bf16")
+        config = config_of(case, corpus, tmp_path / name, "bf16")
         config["training"]["steps"] = steps
         config["checkpoint"] = {"interval": 3, "keep": 2}
         configs.append(config)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    train(configs[0], 1, tmp_path)
+    train(configs[0], 2, tmp_path)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    for rows in (5, 20):
-        with (tmp_path / "stderr").open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "llmscale", "pretrain", str(tmp_path / "killed.yaml")], stderr=errors
-            )
-        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+    for victim, rows in ((0, 5), (1, 20)):
+        processes = started(2, "pretrain", str(tmp_path / "killed.yaml"), log=tmp_path)
+        while processes[0].poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
             time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-3000:]
-    train(configs[1], 1, tmp_path)
+        processes[victim].kill()
+        codes = [process.wait(60) for process in processes]
+        said = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+        assert codes[victim] == -signal.SIGKILL, said[victim][-3000:]
+        assert codes[1 - victim] == 1 and "Traceback" not in said[1 - victim], said[1 - victim][-3000:]
+    train(configs[1], 2, tmp_path)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{steps:08d}") for name in ("killed", "whole")]
     assert_equal_state(*saved)
@@ -299,6 +309,19 @@ def test_a_run_that_is_killed_at_every_step_on_either_rank_goes_on_as_if_nothing
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{STEPS:08d}") for name in ("killed", "whole")]
     assert_equal_state(*saved)
+
+
+def started(world_size: int, *arguments: str, log: Path) -> list[subprocess.Popen[bytes]]:
+    """The command line in real processes; what each says goes to RANK.log."""
+    size, port = str(world_size), str(free_ports())
+    found = []
+    for rank in range(world_size):
+        variables = {"RANK": str(rank), "WORLD_SIZE": size, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": size,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        with (log / f"{rank}.log").open("wb") as errors:
+            command = [sys.executable, "-m", "llmscale", *arguments]
+            found.append(subprocess.Popen(command, stderr=errors, env={**os.environ, **variables}))
+    return found
 
 
 def test_a_run_goes_on_with_other_batches_and_other_weights_of_its_sources(corpus: Path, tmp_path: Path) -> None:

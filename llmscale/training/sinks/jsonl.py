@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a row, the record of a run that plots and tests read.
 
 Floats are written as `repr` writes them, so that two equal runs have equal rows, bit for bit; a number that is not
-finite, which JSON has no word for, is null. Each row is flushed: a run that is killed loses none that it printed.
+finite, which JSON has no word for, is null. Each row is written at once: a run that is killed loses none that it
+printed. A row that does not fit on the disk leaves no half of itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import IO
 
 from llmscale.errors import LlmscaleError
 from llmscale.training.sinks.base import Row
@@ -26,13 +26,19 @@ class Jsonl:
         """
         if path.exists():
             _keep(path, done)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, row: Row) -> None:
-        """Write one row."""
+        """Write one row, or nothing of it. Raises OSError."""
         finite = {name: None if _strange(value) else value for name, value in row.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        before, done = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while done < len(line):
+                done += self._file.write(line[done:])
+        except OSError:
+            self._file.truncate(before)
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Damaged, Fragment
-from llmscale.checkpoint.retention import candidates, checkpoints, newest_whole
-from llmscale.checkpoint.save import Saved, Saver, save
+from llmscale.checkpoint.place import is_remote, place_of
+from llmscale.checkpoint.retention import candidates, checkpoints, prune
+from llmscale.checkpoint.save import Saved, Saver
 from llmscale.cli.checkpoint import command
 from llmscale.config.schema import Model
 from llmscale.errors import CheckpointError, UsageError
 from llmscale.models.cut import local_shape
 from llmscale.models.family import families
+from tests.unit.checkpoint.saving import newest_whole, save
 
 MODEL = Model(
     family="llama", num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=90,
@@ -163,6 +166,63 @@ def test_a_run_never_begins_anew_beside_broken_checkpoints(run: Path) -> None:
         list(candidates(str(run / "none"), folder))
 
 
+def test_damage_to_the_formats_number_is_damage(run: Path) -> None:
+    path = run / "checkpoints" / "step_00000002" / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 0', 1))
+    found = newest_whole(run / "checkpoints")
+    assert found is not None and found.step == 1
+    path.write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match="format 1, this llmscale reads 2") as caught:
+        Checkpoint(path.parent)
+    assert not isinstance(caught.value, Damaged)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "index.json", "manifest.json"])
+def test_what_cannot_be_read_for_now_does_not_pass_for_damage(name: str, run: Path) -> None:
+    """The process may open no more files: whole checkpoints must not be passed over for that."""
+    path = run / "checkpoints" / "step_00000002"
+    opened = Checkpoint(path)
+    if name != "index.json":
+        opened.index  # noqa: B018
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be read now .Too many open files.*try again") as caught:
+            read_all(Checkpoint(path) if name == "manifest.json" else opened)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not isinstance(caught.value, Damaged) and name in str(caught.value)
+    read_all(opened)
+
+
+def test_verify_looks_at_all_checkpoints_of_a_run_and_a_step_without_its_manifest_is_broken(run: Path) -> None:
+    folder = run / "checkpoints"
+    flip(folder / "step_00000001" / "index.json", 50, 1)
+    found = json.loads(CliRunner().invoke(command, ["verify", str(run), "--json"]).stdout)
+    assert [row["whole"] for row in found["checkpoints"]] == [False, True] and found["whole"] is False
+    result = CliRunner().invoke(command, ["verify", str(run)])
+    assert isinstance(result.exception, CheckpointError) and "step_00000002: whole" in result.stdout
+    (folder / "step_00000001" / "manifest.json").unlink()
+    result = CliRunner().invoke(command, ["verify", str(folder / "step_00000001")])
+    assert isinstance(result.exception, CheckpointError) and result.exception.exit_code == 1
+    assert "no manifest.json" in str(result.exception)
+
+
+@pytest.mark.parametrize("url", ["file://", "memory://", ""])
+def test_any_url_is_written_to_and_a_run_directory_knows_where_its_checkpoints_are(
+    url: str, group: None, tmp_path: Path
+) -> None:
+    folder, run = f"{url}{tmp_path}/not/there/yet", tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"checkpoint:\n  folder: {folder}\n")
+    assert is_remote(place_of(folder)) == (url == "memory://")  # a folder is renamed and synced, whatever it is called
+    save(place_of(folder), 1, fragments(1), RANDOM, FACTS)
+    assert [one.step for one in candidates(str(run), tmp_path / "none")] == [1]
+    (row,) = json.loads(CliRunner().invoke(command, ["list", str(run), "--json"]).stdout)
+    assert row["step"] == 1
+    assert CliRunner().invoke(command, ["verify", str(run)]).exit_code == 0
+
+
 def test_list_and_inspect_read_no_tensors(run: Path) -> None:
     os.truncate(run / "checkpoints" / "step_00000002" / "rank_00000.safetensors", 0)
     step = run / "checkpoints" / "step_00000001"
@@ -196,6 +256,54 @@ def test_a_full_disk_leaves_the_older_ones_and_no_half(run: Path) -> None:
     ended = saver.wait()
     assert ended is not None and ended.error is None
     assert_is(Checkpoint(folder / "step_00000004"), 4)
+
+
+def test_keep_counts_whole_checkpoints_and_never_removes_the_one_just_saved(run: Path) -> None:
+    folder = run / "checkpoints"
+    os.truncate(folder / "step_00000002" / "rank_00000.safetensors", 100)
+    saver = Saver(folder, asynchronous=True, committed=partial(prune, folder, 2))
+    names = []
+    for step in (5, 4, 6):
+        saver.save(step, fragments(step), RANDOM, FACTS)
+        saver.wait()
+        names.append([path.name[-1] for path in checkpoints(folder)])
+    assert names == [["1", "2", "5"], ["1", "2", "4", "5"], ["5", "6"]]
+
+
+def test_what_cannot_be_removed_is_a_warning_and_a_link_loses_no_more_than_itself(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run / "checkpoints"
+    (folder / "step_00000002").rename(run / "elsewhere")
+    (folder / "step_00000002").symlink_to(run / "elsewhere")
+    saver = Saver(folder, asynchronous=True, committed=partial(prune, folder, 1))
+    saver.save(3, fragments(3), RANDOM, FACTS)
+    ended = saver.wait()
+    assert ended is not None and ended.error is None
+    assert [path.name for path in folder.iterdir()] == ["step_00000003"]
+    assert_is(Checkpoint(run / "elsewhere"), 2)
+    (folder / ".step_00000003.removed").write_text("in the way")
+    saver.save(4, fragments(4), RANDOM, FACTS)
+    ended = saver.wait()
+    assert ended is not None and ended.error is None
+    assert "step_00000004 is saved; older checkpoints could not be removed" in caplog.text
+
+
+def test_the_same_step_again_removes_no_whole_checkpoint(run: Path) -> None:
+    folder = run / "checkpoints"
+    for seed in (3, 4):
+        save(folder, 2, fragments(seed), RANDOM, FACTS)
+    for name, seed in {"step_00000002": 4, "abandoned_step_00000002": 2, "abandoned_step_00000002_2": 3}.items():
+        assert_is(Checkpoint(folder / name), seed)
+
+
+def test_what_killed_saves_left_is_swept_away(run: Path) -> None:
+    folder = run / "checkpoints"
+    for name in (".step_00000007.tmp", ".step_00000001.removed"):
+        (folder / name).mkdir()
+        (folder / name / "rank_00000.safetensors").write_bytes(bytes(9))
+    Saver(folder, asynchronous=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:

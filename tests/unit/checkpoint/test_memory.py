@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from llmscale.checkpoint.format import WEIGHT, Checkpoint, Fragment
-from llmscale.checkpoint.save import save
 from llmscale.config.schema import Model
 from llmscale.convert.from_hf import from_hf
 from llmscale.convert.parity import compare as compare_parity
 from llmscale.convert.to_hf import to_hf
 from llmscale.models.cut import local_shape
 from llmscale.models.family import families
+from tests.unit.checkpoint.saving import save
 
 M_MMAP_THRESHOLD = -3
 STATES = (WEIGHT, "exp_avg", "exp_avg_sq")

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 
 from llmscale.checkpoint.format import Checkpoint, Damaged
 from llmscale.checkpoint.place import place_of
-from llmscale.checkpoint.retention import candidates, checkpoints, newest_whole, prune
+from llmscale.checkpoint.retention import abandon, candidates, checkpoints, prune
 from llmscale.checkpoint.save import Saver
 from llmscale.cli.checkpoint import command
 from llmscale.errors import CheckpointError, UsageError
+from tests.ports import free_ports
+from tests.unit.checkpoint.saving import newest_whole
 from tests.unit.data.servers import endpoint, s3
 
 from .test_checkpoint import FACTS, RANDOM, assert_is, fragments, read_all
@@ -59,11 +61,16 @@ def test_what_is_read_is_what_was_saved_and_the_commands_work(folder: Path) -> N
     assert [row["step"] for row in listed] == [1, 2, 3]
     assert json.loads(run.invoke(command, ["inspect", str(folder.parent), "--json"]).stdout)["step"] == 3
     assert run.invoke(command, ["verify", str(folder.parent)]).exit_code == 0
-    assert [path.name for path in prune(folder, 1)] == ["step_00000001", "step_00000002"]
+    assert [path.name for path in prune(folder, 1, folder / "step_00000003")] == ["step_00000001", "step_00000002"]
     assert [path.name for path in checkpoints(folder)] == ["step_00000003"]
-    # The same step again replaces it.
+    # The same step again takes its name.
     save(folder, 3)
     assert_is(Checkpoint(folder / "step_00000003"), 3)
+    assert_is(Checkpoint(folder / "abandoned_step_00000003"), 3)
+    save(folder, 4)
+    (moved,) = abandon(folder, folder / "step_00000003")
+    assert_is(Checkpoint(moved), 4)
+    assert [one.step for one in candidates("auto", folder)] == [3]
 
 
 def test_damage_is_found_and_a_step_without_its_manifest_is_not_whole(folder: Path, s3: Any) -> None:
@@ -90,6 +97,29 @@ def test_a_store_that_refuses_fails_the_save_and_no_more(folder: Path, s3: Any) 
     assert ended is not None and ended.error is not None
     assert "step_00000001" in ended.error and "on rank 0; older checkpoints are untouched" in ended.error
     save(folder, 1)
+
+
+@pytest.mark.parametrize("credentials", [True, False], ids=["nobody-listens", "no-credentials"])
+def test_a_store_that_is_out_of_reach_is_no_damage_and_no_empty_folder(
+    credentials: bool, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with endpoint(f"http://127.0.0.1:{free_ports() if credentials else s3[0]}"):
+        if not credentials:
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+            monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        folder = place_of(f"s3://data/none-{credentials}/checkpoints")
+        for look in (
+            lambda: list(candidates("auto", folder)),
+            lambda: list(candidates(f"{folder}/step_00000001", place_of("none"))),
+            lambda: Checkpoint(folder / "step_00000001"),
+        ):
+            with pytest.raises(CheckpointError, match="cannot be read now") as caught:
+                look()
+            assert not isinstance(caught.value, Damaged)
+        result = CliRunner().invoke(command, ["list", str(folder)])
+        assert isinstance(result.exception, CheckpointError), result.exception
 
 
 def test_a_url_that_nothing_knows_is_refused() -> None:

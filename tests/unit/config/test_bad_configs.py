@@ -80,6 +80,7 @@ OVERRIDES: list[tuple[str, str]] = [
         "parallel.tensor_parallel_size: is not a key of the config; did you mean parallel.tensor?",
     ),
     ("model.num_layer=2", "model.num_layer: is not a key of the config; did you mean model.num_layers?"),
+    ("checkpoint.resume=atuo", "checkpoint.resume: there is nothing at 'atuo'; did you mean auto?"),
     ("schedule.lr=3", "schedule.lr: is not a key of the config; did you mean optimizer.lr?"),
     (
         "optimizer.learning_rate=3",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from llmscale.config.schema import RunConfig
+from llmscale.config.schema import Logging, RunConfig
 from llmscale.distributed.launch import Launch
 from llmscale.errors import LlmscaleError
 from llmscale.models.family import families
@@ -138,3 +140,24 @@ def test_a_sink_that_cannot_open_leaves_nothing_open(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("notes\n")
     with pytest.raises(LlmscaleError, match="no row of metrics"), recorder(tmp_path):
         pass
+
+
+def test_a_disk_that_is_full_costs_rows_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel refuses to let files grow, as a full disk does, also in the middle of a row; later there is room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    launch = Launch(0, 2, 0, 2, "127.0.0.1", 0, "torchrun")
+    plain = config().model_copy(update={"logging": Logging(tensorboard=False)})
+    with Recorder(plain, families()["llama"], {}, CPU, tmp_path, 0, 0, launch) as opened:
+        step(opened, 1)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+        try:
+            step(opened, 2)
+            step(opened, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        step(opened, 4)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+    assert caplog.text.count("Jsonl cannot write, its rows are lost from step 2 on") == 1
