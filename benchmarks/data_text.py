@@ -50,7 +50,7 @@ def texts(mib: int) -> list[str]:
 def prepare(folder: Path, mib: int) -> int:
     """The tars, their description and the tokenizer; gives the number of tokens."""
     from llmscale.data import tokenizer
-    from llmscale.data.text_shards import describe
+    from llmscale.data.describe import describe
     from llmscale.data.tokenizer import Tokenizer
 
     documents = texts(mib)

@@ -231,7 +231,7 @@ def describe(
       llmscale data describe --input 'shards/*.tar' --tokenizer tok.json --output data/web
     """
     from llmscale.data.build import Progress
-    from llmscale.data.text_shards import describe as run
+    from llmscale.data.describe import describe as run
 
     with display("reading") as report:
         card = run(

@@ -14,6 +14,7 @@ from typing import BinaryIO, Self
 
 from llmscale.errors import DataError
 
+END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 MOST_BYTES = 1 << 30
 """The longest document that is taken: a tar header may claim any size."""
 _MOST_HEADER_BYTES = 1 << 20

@@ -1,11 +1,11 @@
-"""Raw-text webdataset shards, described once so that they can be tokenised while they stream (`text_source.py`).
+"""Raw-text webdataset shards, described (`describe.py`) so that they are tokenised as they stream (`text_source.py`).
 
     DIR/card.json        what it is: tokenizer fingerprint, vocabulary, number of logical streams, totals
     DIR/index.json       the shards, and the pieces that each is read in: byte offsets, documents, checksums
     DIR/tokenizer.json   the tokenizer to use
 
 The shards stay where they are, here or wherever fsspec can read, and as they are: tars whose samples hold a text (.txt,
-or .json with a text key). A piece is a run of whole samples of about PIECE_BYTES: the least that is read, checked and
+or .json with a text key). A piece is a run of whole samples of about half a MiB: the least that is read, checked and
 shuffled as one. A tar is read once to find them; the index has about 70 bytes for each. Pieces of a store go through
 the cache of the node (`cache.py`). The description may lie in a store as well.
 """
@@ -16,10 +16,9 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal, cast
@@ -28,23 +27,17 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmscale.data.cache import Cache
-from llmscale.data.durable import write_whole
-from llmscale.data.inputs import InputFile, find
 from llmscale.data.pipe_store import open_store
 from llmscale.data.quarantine import NOT_THERE, Broken, unreadable
 from llmscale.data.records import Record, read_record
 from llmscale.data.store import Counters, Damaged, Missing, Patience, UrlStore, is_remote, split_url
-from llmscale.data.tars import samples
-from llmscale.data.tokenizer import Tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.data.tars import END_OF_TAR, samples
+from llmscale.errors import DataError
 
 DESCRIBE = "copy the file again, or describe the shards again with `llmscale data describe`"
 TEXT_FORMAT: Literal["llmscale-text"] = "llmscale-text"
-PIECE_BYTES = 512 << 10
-STREAMS = 64
 _MOST_CARD_BYTES = 1 << 28
 _MOST_INDEX_BYTES = 1 << 32
-_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class TextCard(Record):
@@ -175,7 +168,7 @@ class TextSplit:
         if problem := _problem(data, piece):
             raise Broken(number, shard.path, problem)
         try:
-            return [one.data for one in samples(where, io.BytesIO(data + _END), self.card.text_key)]
+            return [one.data for one in samples(where, io.BytesIO(data + END_OF_TAR), self.card.text_key)]
         except DataError as error:  # it was so when it was described: another version of this program may refuse more
             raise Broken(number, shard.path, str(error)) from None
 
@@ -272,136 +265,3 @@ def _content(descriptor: int) -> bytes:
 def _problem(data: bytes, piece: Piece) -> str:
     """What is wrong with the bytes of a piece, if anything."""
     return "" if zlib.crc32(data) == piece.checksum else "is not what was described (its checksum differs)"
-
-
-def describe(
-    inputs: Sequence[str],
-    tokenizer: Path,
-    output: Path,
-    *,
-    streams: int = STREAMS,
-    text_key: str = "text",
-    end_of_document: str | None = None,
-    pattern: str | None = None,
-    report: Callable[[int, int, int], None] = lambda done, total, documents: None,
-) -> TextCard:
-    """Write OUTPUT/card.json, index.json and tokenizer.json for the tars that the inputs name.
-
-    streams: logical streams that the text is read in side by side; at most one a piece. Ranks share the work of
-    tokenising where their number divides it. report: called with (bytes read, bytes in all, documents).
-
-    Raises:
-        UsageError: the output holds something else, or an input is no plain tar. DataError: a tar is damaged, or has a
-        sample without text.
-    """
-    if streams < 1:
-        raise UsageError(f"--streams {streams}: give at least 1")
-    loaded = Tokenizer(tokenizer, end_of_document, pattern)
-    files = find(inputs, [".tar"])
-    for file in files:
-        if not file.file_name.endswith(".tar"):
-            raise UsageError(
-                f"--input {file.name}: not a .tar file; a compressed one has to be unpacked to be read in pieces"
-            )
-    there = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    if foreign := [name for name in there if name not in ("card.json", "index.json", "tokenizer.json")]:
-        raise UsageError(f"--output {output}: holds {foreign[0]!r}, which is no description; name another folder")
-    total, done, documents = sum(file.size for file in files), 0, 0
-    shards = []
-    for file in files:
-        shard = _shard(file, text_key, output)
-        done, documents = done + shard.bytes, documents + sum(piece.documents for piece in shard.pieces)
-        shards.append(shard)
-        report(done, max(total, done), documents)
-    count = sum(len(shard.pieces) for shard in shards)
-    if not documents:
-        raise DataError(f"no document in {len(files)} shard(s); give tars with .txt or .json samples")
-    lines = ",\n".join(shard.model_dump_json() for shard in shards)
-    index = f'{{"shards": [\n{lines}\n]}}\n'.encode()
-    card = TextCard(
-        format=TEXT_FORMAT,
-        version=1,
-        tokenizer_sha256=loaded.sha256,
-        vocab_size=loaded.vocab_size,
-        end_of_document=loaded.end_of_document,
-        end_of_document_token=loaded.end_of_document_token,
-        dtype="uint16" if loaded.dtype == "uint16" else "uint32",
-        text_key=text_key,
-        streams=min(streams, count),
-        shards=len(shards),
-        pieces=count,
-        documents=documents,
-        bytes=done,
-        index_sha256=hashlib.sha256(index).hexdigest(),
-    )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "card.json").unlink(missing_ok=True)
-        write_whole(output / "tokenizer.json", loaded.content)
-        write_whole(output / "index.json", index)
-        write_whole(output / "card.json", (card.model_dump_json(indent=1) + "\n").encode())
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror or error}; name another --output") from None
-    return card
-
-
-def _relative(path: Path, folder: Path) -> str:
-    """The path from the folder, for shards beneath the folder's parent, which move along with it; else the whole."""
-    whole, parent = path.resolve(), folder.resolve().parent
-    return os.path.relpath(whole, folder.resolve()) if parent in whole.parents else str(whole)
-
-
-def _shard(about: InputFile, text_key: str, folder: Path) -> TextShard:
-    """Cut a tar between samples, as soon as PIECE_BYTES are together."""
-    pieces: list[Piece] = []
-    documents = end = 0
-    try:
-        with about.open() as file:
-            reader = _Reader(file)
-            for sample in samples(about.name, cast(BinaryIO, reader), text_key):
-                documents, end = documents + 1, sample.end
-                if end - reader.begin >= PIECE_BYTES:
-                    pieces.append(reader.piece(end, documents))
-                    documents = 0
-            if documents:
-                pieces.append(reader.piece(end, documents))
-            size = reader.size()
-    except OSError as error:
-        raise DataError(f"{about.name}: cannot be read: {error.strerror or error}") from None
-    if size < end + len(_END):
-        raise DataError(f"{about.name}: ends without the two empty blocks of a whole tar; copy it again")
-    path = about.name if about.path is None else _relative(about.path, folder)
-    return TextShard(path=path, bytes=size, pieces=pieces)
-
-
-class _Reader:
-    """A file that is read once, from front to back, and kept until its checksum is known."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._kept = bytearray()
-        self.begin = 0
-        """Where what is kept begins."""
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        data = self._file.read(size)
-        self._kept += data
-        return data
-
-    def piece(self, end: int, documents: int) -> Piece:
-        """What lies before `end`, which is kept no longer."""
-        length = end - self.begin
-        with memoryview(self._kept) as kept:
-            checksum = zlib.crc32(kept[:length])
-        del self._kept[:length]
-        found = Piece(offset=self.begin, bytes=length, documents=documents, checksum=checksum)
-        self.begin = end
-        return found
-
-    def size(self) -> int:
-        """Bytes of the file, which is read to its end."""
-        size = self.begin + len(self._kept)
-        while data := self._file.read(1 << 20):
-            size += len(data)
-        return size

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llmscale.data import text_shards, tokenizer
-from llmscale.data.text_shards import describe
+from llmscale.data import tokenizer
+from llmscale.data.describe import describe
 from tests.distributed.layouts import Case
 from tests.distributed.test_matrix import run_config, train
 from tests.unit.data.servers import Proxy, proxy, s3, upload
@@ -76,7 +76,7 @@ def test_a_run_that_is_done_does_not_wait_for_what_a_store_does_not_give(
     text: Path, proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next window is read ahead, in threads that an exit of the interpreter would wait for."""
-    monkeypatch.setattr(text_shards, "PIECE_BYTES", 4 << 10)
+    monkeypatch.setattr("llmscale.data.describe.PIECE_BYTES", 4 << 10)
     (tmp_path / "tars").mkdir()
     for tar in text.parent.glob("*.tar"):
         shutil.copyfile(tar, tmp_path / "tars" / f"shard-{tar.name}")

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from llmscale.data import prefetch, text_shards
+from llmscale.data import prefetch
+from llmscale.data.describe import describe
 from llmscale.data.loader import Loader
 from llmscale.data.prefetch import Prefetch
 from llmscale.data.stream import Reading, Stream
-from llmscale.data.text_shards import describe
 from llmscale.errors import DataError
 
 from .conftest import WriteSplit, sentence
@@ -71,7 +71,7 @@ def stalled(
         if request.param == "asyncio":
             place = upload(client, write_split("there", [30] * 40), "there")
         else:
-            monkeypatch.setattr(text_shards, "PIECE_BYTES", 6000)
+            monkeypatch.setattr("llmscale.data.describe.PIECE_BYTES", 6000)
             (tmp_path / "tars").mkdir()
             members = [(f"{number}.txt", sentence(number).encode()) for number in range(60)]
             write_shard(tmp_path / "tars" / "shard-0.tar", members)

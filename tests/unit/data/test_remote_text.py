@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from llmscale.cli.data import command
-from llmscale.data import text_shards
 from llmscale.data.cache import Cache
+from llmscale.data.describe import describe
 from llmscale.data.store import Patience
 from llmscale.data.stream import Reading, Stream
-from llmscale.data.text_shards import TextSplit, describe
+from llmscale.data.text_shards import TextSplit
 from llmscale.data.text_source import TextSource
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
@@ -33,7 +33,7 @@ ROWS = 300
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_shards, "PIECE_BYTES", 6000)
+    monkeypatch.setattr("llmscale.data.describe.PIECE_BYTES", 6000)
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.cli.data import command
-from llmscale.data import text_shards, tokenizer
+from llmscale.data import tokenizer
+from llmscale.data.describe import describe
 from llmscale.data.loader import Loader
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
 from llmscale.data.stream import Stream
-from llmscale.data.text_shards import TextSplit, describe
+from llmscale.data.text_shards import TextSplit
 from llmscale.data.text_source import WINDOW, TextSource
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
@@ -40,7 +41,7 @@ DOCUMENTS = 400
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_shards, "PIECE_BYTES", 6000)
+    monkeypatch.setattr("llmscale.data.describe.PIECE_BYTES", 6000)
 
 
 def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
