@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import ConversionError, DataError, UsageError
 
 
 def require() -> None:
@@ -40,7 +40,7 @@ def harness(
 
     Raises:
         UsageError: lm-eval is not installed, or does not know a task.
-        DataError: the documents of a task cannot be read.
+        DataError: the documents of a task cannot be read. ConversionError: the model cannot be loaded.
     """
     require()
     import torch
@@ -60,7 +60,11 @@ def harness(
             "its own, and --include names a folder of task files"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(str(folder), dtype="auto", batch_size=batch_size, device=device, trust_remote_code=False)
+    try:
+        model = HFLM(str(folder), dtype="auto", batch_size=batch_size, device=device, trust_remote_code=False)
+    except Exception as error:  # whatever transformers' parts raise: OSError, ValueError, SafetensorError
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConversionError(f"{folder}: lm-eval cannot load it: {reason}; download or export it again") from None
     try:
         found = simple_evaluate(
             model,

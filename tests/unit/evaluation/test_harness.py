@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from llmscale.cli.evaluate import command
 from llmscale.convert.from_hf import from_hf
 from llmscale.data import tokenizer
-from llmscale.errors import DataError, UsageError
+from llmscale.errors import ConversionError, DataError, UsageError
 
 TEXT = "the stream gives every token of a shard once an epoch and no rank reads what another one has read "
 QUESTIONS = [
@@ -117,6 +118,14 @@ def test_what_cannot_be_evaluated_is_said(folder: Path, tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(command, ["harness", model, *arguments])
         assert type(result.exception) is kind and message in str(result.exception), result.exception
+
+
+def test_a_broken_model_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConversionError, match=r"model: lm-eval cannot load it: [^\n]+$"):
+        run(folder, str(broken))
 
 
 def test_without_the_extra_its_name_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
