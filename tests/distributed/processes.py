@@ -39,34 +39,42 @@ def in_processes(
 
     `environment(rank)` adds to a process's variables. Fails where a process raises anything but SystemExit.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    port = free_ports()
     with tempfile.TemporaryDirectory(prefix="llmscale-") as folder:
-        processes, pipes = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            variables = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                **(environment(rank) if environment else {}),
-            }
-            log = os.path.join(folder, f"{rank}.log")
-            process = context.Process(target=_child, args=(theirs, variables, log, function, arguments))
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes.append(ours)
+        processes, pipes = started(world_size, folder, function, *arguments, environment=environment)
         try:
             return _collect(pipes, folder)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def started(
+    world_size: int, folder: str, function: Callable[..., Any], *arguments: Any, environment: Any = None
+) -> tuple[list[Any], list[Connection]]:
+    """The processes, and the pipes that they answer through; what each says goes to RANK.log in the folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    port = free_ports()
+    processes, pipes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            **(environment(rank) if environment else {}),
+        }
+        log = os.path.join(folder, f"{rank}.log")
+        process = context.Process(target=_child, args=(theirs, variables, log, function, arguments))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    return processes, pipes
 
 
 def _collect(pipes: Sequence[Connection], folder: str) -> list[Outcome]:

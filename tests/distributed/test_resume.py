@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,8 @@ import yaml
 from llmscale.checkpoint.format import Checkpoint
 from llmscale.data.shards import SplitWriter
 from tests.distributed.layouts import Case
-from tests.distributed.processes import command, in_processes
+from tests.distributed.processes import command, in_processes, started
 from tests.distributed.test_matrix import BF16_TOLERANCE, SEQUENCE, VOCAB, run_config, train
-from tests.ports import free_ports
 
 STEPS = 6
 SAME = ("step", "tokens", "loss", "grad_norm", "learning_rate")
@@ -263,14 +259,18 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(corpus: Path, tmp_p
     train(configs[0], 2, tmp_path)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for victim, rows in ((0, 5), (1, 20)):
-        processes = started(2, "pretrain", str(tmp_path / "killed.yaml"), log=tmp_path)
-        while processes[0].poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+        logs = tmp_path / str(victim)
+        logs.mkdir()
+        processes, pipes = started(2, str(logs), command, "pretrain", str(tmp_path / "killed.yaml"))
+        while processes[0].is_alive() and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
             time.sleep(0.005)
         processes[victim].kill()
-        codes = [process.wait(60) for process in processes]
-        said = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
-        assert codes[victim] == -signal.SIGKILL, said[victim][-3000:]
-        assert codes[1 - victim] == 1 and "Traceback" not in said[1 - victim], said[1 - victim][-3000:]
+        for process in processes:
+            process.join(60)
+        said = [(logs / f"{rank}.log").read_text() for rank in (0, 1)]
+        assert processes[victim].exitcode == -signal.SIGKILL, said[victim][-3000:]
+        assert pipes[1 - victim].recv() == ("returned", (1, None)), said[1 - victim][-3000:]
+        assert "Traceback" not in said[1 - victim], said[1 - victim][-3000:]
     train(configs[1], 2, tmp_path)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{steps:08d}") for name in ("killed", "whole")]
@@ -309,19 +309,6 @@ def test_a_run_that_is_killed_at_every_step_on_either_rank_goes_on_as_if_nothing
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     saved = [Checkpoint(tmp_path / name / "checkpoints" / f"step_{STEPS:08d}") for name in ("killed", "whole")]
     assert_equal_state(*saved)
-
-
-def started(world_size: int, *arguments: str, log: Path) -> list[subprocess.Popen[bytes]]:
-    """The command line in real processes; what each says goes to RANK.log."""
-    size, port = str(world_size), str(free_ports())
-    found = []
-    for rank in range(world_size):
-        variables = {"RANK": str(rank), "WORLD_SIZE": size, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": size,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        with (log / f"{rank}.log").open("wb") as errors:
-            command = [sys.executable, "-m", "llmscale", *arguments]
-            found.append(subprocess.Popen(command, stderr=errors, env={**os.environ, **variables}))
-    return found
 
 
 def test_a_run_goes_on_with_other_batches_and_other_weights_of_its_sources(corpus: Path, tmp_path: Path) -> None:
