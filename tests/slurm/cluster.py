@@ -163,13 +163,16 @@ class Cluster:
 
     def kill_slurmd(self, node: str) -> None:
         """End the daemon of a node, and nothing else there: what it had started lives on."""
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
+        own = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()  # other clusters have nodes of that name
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = path.read_bytes().split(b"\0")
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[:4] != [b"slurmd", b"-D", b"-N", node.encode()]:
+                    continue
+                if own in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
             except OSError:
                 continue
-            if words[:4] == [b"slurmd", b"-D", b"-N", node.encode()]:
-                os.kill(int(path.parent.name), signal.SIGKILL)
 
     def stop(self) -> None:
         """End all of it: the controller first, so that it starts nothing again."""

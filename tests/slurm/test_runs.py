@@ -238,7 +238,7 @@ def test_a_chain_outlives_a_lost_node_and_a_preemption(cluster: Cluster, tokens:
     first, second, third, fourth = map(str, submission.jobs)
     followed = (tmp_path / "followed").open("wb")
     reader = subprocess.Popen(
-        [sys.executable, "-m", "llmscale", "slurm", "logs", "-f", "-n", "0", "run"],
+        [sys.executable, "-m", "llmscale", "slurm", "logs", "-f", "-n", "1000", "run"],
         cwd=tmp_path, env=job.environment, stdout=followed,
     )  # fmt: skip
     job.until_step(5)
