@@ -23,6 +23,8 @@ LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (node\d) (\d+|job) \| .*")
 
 SLURM = ("srun:", "slurmstepd", "Job is pending", "Job step ")
 """How lines begin that Slurm writes itself."""
+ENDED = "SIG(TERM|USR1)"
+"""What a rank hears first when Slurm ends a job: its SIGTERM, or that which the job's script hands on."""
 
 
 def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,8 +77,8 @@ def test_a_run_that_was_preempted_three_times_is_the_run_that_was_not(
     assert starts == 4
     first, second, third, _ = job.attempts()
     assert re.fullmatch(r"stopped by SIGUSR1 after step \d+; goes on from step \d+", first.reason)
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+ \(its nodes were taken\); Slurm has .*", second.reason)
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+ \(preempted\); goes on from step \d+", third.reason)
+    assert re.fullmatch(rf"stopped by {ENDED} after step \d+ \(its nodes were taken\); Slurm has .*", second.reason)
+    assert re.fullmatch(rf"stopped by {ENDED} after step \d+ \(preempted\); goes on from step \d+", third.reason)
     assert [attempt.interrupted for attempt in job.attempts()] == [False, True, True, False]
     assert "cannot be requeued" not in job.log()
     assert [attempt.decision for attempt in job.attempts()][-1] == "done"
@@ -254,7 +256,7 @@ def test_a_chain_outlives_a_lost_node_and_a_preemption(cluster: Cluster, tokens:
     job.until_step(job.attempts()[0].step + 5)
     cluster.call("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
     job.until_attempts(2)
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+ \(preempted\); goes on .*", job.attempts()[1].reason)
+    assert re.fullmatch(rf"stopped by {ENDED} after step \d+ \(preempted\); goes on .*", job.attempts()[1].reason)
     assert job.until_over() == "done: all steps are done, 1200 of them"
     job.until(lambda: job.state(fourth) == "COMPLETED", "the fourth job")
     assert [attempt.decision for attempt in job.attempts()] == ["next", "next", "done"]
