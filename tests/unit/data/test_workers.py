@@ -26,7 +26,10 @@ def waiting(tokenizer_json: Path, tmp_path: Path) -> Iterator[subprocess.Popen[s
     words = ["data", "build", "--input", tmp_path / "a.jsonl", pipe, "--tokenizer", tokenizer_json]
     words += ["--output", tmp_path / "out", "--workers", 2, "--shard-size", "64K", "--validation-fraction", 0]
     command = [sys.executable, "-m", "llmscale", *map(str, words)]
+    # As typed at a prompt, where SIGINT is heard: what runs in the background inherits that it is not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     with pipe.open("wb"):  # once it is there
         yield process
     process.kill()
