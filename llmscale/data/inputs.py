@@ -18,16 +18,9 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from llmscale.data.remote_file import open_remote
+from llmscale.data.store import PACKAGES
 from llmscale.errors import DataError, UsageError, shown
 
-_PACKAGES = {
-    "s3": "llmscale[s3]",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-}
 _GLOB = "*?["
 _HTTP = ("http://", "https://")
 _LOCAL = ("file://", "local://")
@@ -181,7 +174,7 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError:
-        package = _PACKAGES.get(scheme, scheme)
+        package = PACKAGES.get(scheme, scheme)
         raise UsageError(
             f"--input {url}: {scheme}:// needs a package that is missing; pip install '{package}'"
         ) from None

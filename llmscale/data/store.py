@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -40,8 +41,12 @@ _WARNING_SECONDS = 60.0
 """Between two warnings of one store: many requests fail together."""
 _PART = 8 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+_S3 = ("s3", "s3a")
+PACKAGES = {
+    **dict.fromkeys(_S3, "llmscale[s3]"), "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
+    "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub",
+}  # fmt: skip
+"""What pip installs to reach a protocol."""
 _WORTH_ANOTHER_ATTEMPT = {408, 425, 429}
 
 
@@ -320,22 +325,19 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
-    if protocol in _EXTRAS:
+    if protocol in _S3:
         # Attempts are counted and spaced here; the client's own would multiply them.
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **configured}
     try:
         filesystem, root = url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
-        if extra := _EXTRAS.get(protocol):
-            fix = f"install it with `pip install 'llmscale[{extra}]'`"
-        else:
-            package = _PACKAGES.get(protocol, "")
-            fix = f"install it with `pip install {package}`" if package else f"({error})"
+        package = PACKAGES.get(protocol)
+        fix = f"install it with `pip install {shlex.quote(package)}`" if package else f"({error})"
         raise UsageError(f"{url}: reading {protocol}:// needs a package that is not here; {fix}") from None
     except ValueError as error:
         raise UsageError(f"{url}: {error}; give a folder, an fsspec URL or pipe:COMMAND") from None
-    if protocol in _EXTRAS:
+    if protocol in _S3:
         filesystem.retries = 1
     return filesystem, root
 
