@@ -1,4 +1,4 @@
-"""How fast a split in a store streams, side by side with bare fsspec, which fetches the same ranges and drops them.
+"""How fast a split in a store streams, side by side with bare fsspec, which fetches the same ranges.
 
     python -m benchmarks.data_remote
 
@@ -7,10 +7,12 @@ core, while readers are processes held to another. (Moto's S3 server, which the 
 ranges: it would hide what is measured here.) It answers as fast as it can, or after as long as the bytes take at
 --store-mib-per-second in all. In turns, as often as --rounds says:
 
-    fsspec      `cat_ranges`, 16 at a time: the ranges of all samples, shuffled
+    fsspec      `cat_ranges`, 16 at a time: the ranges of all samples, shuffled; what comes is dropped
+    kept        the same, and each range is written to a file: what no cache on a disk gets around
     llmscale    a pass of the `Loader` in batches of 64 with an empty cache: fetched, checked, kept on the disk, cut
 
-A third reader stands for a training loop: it computes on each batch for twice the time that fsspec needs for its
+Caches stay until the end: where files were removed a moment ago, ext4 takes longer to make new ones. The last reader
+stands for a training loop: it computes on each batch for twice the time that fsspec needs for its
 bytes, and says how long it waited for batches after the first shuffle window, and how many reads had to wait for the
 store then. Rates are MiB of shards a second. Prints medians as JSON, and writes them to
 benchmarks/results/data_remote-<date>.json.
@@ -82,62 +84,64 @@ def serve(folder: str, ready: Any, core: int, rate: float) -> None:
     asyncio.run(run())
 
 
-def fsspec_rate(url: str) -> Figures:
-    """The ranges of all samples, in the order of the stream."""
+def fsspec_rate(url: str, folder: Path, keep: bool) -> Figures:
+    """The ranges of all samples, shuffled. keep: each is written to a file in the folder."""
     import fsspec
 
-    with tempfile.TemporaryDirectory() as folder:
-        split = Split(url, Cache(Path(folder)))
-        system = fsspec.filesystem("http", skip_instance_cache=True)
-        ranges = [
-            (f"{url}/{shard.name}", *split.region(shard, number))
-            for shard in split.shards
-            for number in range(len(shard.offsets))
-        ]
+    split = Split(url, Cache(folder / "index"))
+    system = fsspec.filesystem("http", skip_instance_cache=True)
+    ranges = [
+        (f"{url}/{shard.name}", *split.region(shard, number))
+        for shard in split.shards
+        for number in range(len(shard.offsets))
+    ]
     order = np.random.default_rng(0).permutation(len(ranges)).tolist()
 
     def run() -> int:
         total = 0
         for first in range(0, len(order), 64):
-            paths, starts, ends = zip(*(ranges[number] for number in order[first : first + 64]), strict=True)
-            total += sum(map(len, system.cat_ranges(list(paths), list(starts), list(ends), batch_size=16)))
+            numbers = order[first : first + 64]
+            paths, starts, ends = zip(*(ranges[number] for number in numbers), strict=True)
+            parts = system.cat_ranges(list(paths), list(starts), list(ends), batch_size=16)
+            for number, part in zip(numbers, parts, strict=True):
+                total += len(part)
+                if keep:
+                    (folder / str(number)).write_bytes(part)
         return total
 
     return timed(run)
 
 
-def llmscale_rate(url: str) -> Figures:
-    with tempfile.TemporaryDirectory() as folder:
-        stream = Stream([(url, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder), shuffle_window=WINDOW))
-        batches = batches_of(stream)
+def llmscale_rate(url: str, folder: Path) -> Figures:
+    stream = stream_of(url, folder)
+    batches = batches_of(stream)
 
-        def run() -> int:
-            with Loader(stream, BATCH, batches=batches) as loader:
-                for _ in loader:
-                    pass
-            return int(stream.counters()["bytes_fetched"])
+    def run() -> int:
+        with Loader(stream, BATCH, batches=batches) as loader:
+            for _ in loader:
+                pass
+        return int(stream.counters()["bytes_fetched"])
 
-        found = timed(run)
-        stream.close()
+    found = timed(run)
+    stream.close()
     return found
 
 
-def waited(url: str, seconds_a_batch: float) -> Figures:
+def waited(url: str, folder: Path, seconds_a_batch: float) -> Figures:
     """What a loop waits that computes for so long on each batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        stream = Stream([(url, 1.0)], LENGTH, seed=1, reading=Reading(cache=Path(folder), shuffle_window=WINDOW))
-        batches = batches_of(stream)
-        waits, before = [], 0.0
-        with Loader(stream, BATCH, batches=batches) as loader:
-            for number in range(batches):
-                if number == LEAD:
-                    before = stream.counters()["waits"]
-                begin = time.perf_counter()
-                next(loader)
-                waits.append(time.perf_counter() - begin)
-                time.sleep(seconds_a_batch)
-        late_reads = stream.counters()["waits"] - before
-        stream.close()
+    stream = stream_of(url, folder)
+    batches = batches_of(stream)
+    waits, before = [], 0.0
+    with Loader(stream, BATCH, batches=batches) as loader:
+        for number in range(batches):
+            if number == LEAD:
+                before = stream.counters()["waits"]
+            begin = time.perf_counter()
+            next(loader)
+            waits.append(time.perf_counter() - begin)
+            time.sleep(seconds_a_batch)
+    late_reads = stream.counters()["waits"] - before
+    stream.close()
     late = waits[LEAD:]
     return {
         "seconds_a_batch": seconds_a_batch,
@@ -146,6 +150,10 @@ def waited(url: str, seconds_a_batch: float) -> Figures:
         "longest_wait_seconds": max(late),
         "reads_that_waited_for_the_store": late_reads,
     }
+
+
+def stream_of(url: str, folder: Path) -> Stream:
+    return Stream([(url, 1.0)], LENGTH, seed=1, reading=Reading(cache=folder, shuffle_window=WINDOW))
 
 
 def batches_of(stream: Stream) -> int:
@@ -195,9 +203,17 @@ def main() -> None:
                 name: {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
                 for name, rounds in found.items()
             }
-            pairs = zip(found["llmscale"], found["fsspec"], strict=True)
-            ratio = statistics.median(one["mib_per_second"] / other["mib_per_second"] for one, other in pairs)
-            print(json.dumps({"store": rate or "unlimited", **medians, "llmscale_to_fsspec": round(ratio, 2)}))
+            ratios = {
+                f"llmscale_to_{other}": round(
+                    statistics.median(
+                        one["mib_per_second"] / theirs["mib_per_second"]
+                        for one, theirs in zip(found["llmscale"], found[other], strict=True)
+                    ),
+                    2,
+                )
+                for other in ("fsspec", "kept")
+            }
+            print(json.dumps({"store": rate or "unlimited", **medians, **ratios}))
     print(record("data_remote", raw, ["fsspec", "aiohttp", "numpy", "torch"], options.output))
 
 
@@ -209,13 +225,18 @@ def measure(folder: Path, rate: float, rounds: int) -> dict[str, list[Figures]]:
     server = context.Process(target=serve, args=(str(folder), ready, cores[-1], rate * 2**20), daemon=True)
     server.start()
     url = f"http://127.0.0.1:{ready.get()}/split"
-    found: dict[str, list[Figures]] = {"fsspec": [], "llmscale": [], "loop": []}
+    found: dict[str, list[Figures]] = {"fsspec": [], "kept": [], "llmscale": [], "loop": []}
+
+    def cache() -> Path:
+        return Path(tempfile.mkdtemp(dir=folder))
+
     try:
         for _ in range(rounds):
-            found["fsspec"].append(alone(cores[0], fsspec_rate, url))
-            found["llmscale"].append(alone(cores[0], llmscale_rate, url))
+            found["fsspec"].append(alone(cores[0], fsspec_rate, url, cache(), False))
+            found["kept"].append(alone(cores[0], fsspec_rate, url, cache(), True))
+            found["llmscale"].append(alone(cores[0], llmscale_rate, url, cache()))
             seconds = 2 * BATCH * LENGTH * 2 / 2**20 / found["fsspec"][-1]["mib_per_second"]
-            found["loop"].append(alone(cores[0], waited, url, seconds))
+            found["loop"].append(alone(cores[0], waited, url, cache(), seconds))
     finally:
         server.kill()
     return found

@@ -36,6 +36,7 @@ STRIPES = 1024
 DEFAULT_LIMIT = 16 << 30
 _FULL_AFTER_EVICTION = 0.9
 _LONGEST_POLL_SECONDS = 0.05
+_USAGE_DIGITS = 20
 
 
 def default_folder() -> Path:
@@ -148,10 +149,10 @@ class Cache:
         except OSError as error:
             raise DataError(_unusable(self.folder, error)) from None
         with lock:
-            self._wait_for(lock, f"{self.folder}: another process has been fetching {name}")
+            self._wait_for(lock.fileno(), f"{self.folder}: another process has been fetching {name}")
             yield path
 
-    def _wait_for(self, lock: BinaryIO, doing: str) -> None:
+    def _wait_for(self, lock: int, doing: str) -> None:
         """Take a lock, or raise after so many seconds."""
         started = time.monotonic()
         pause = 0.001
@@ -170,17 +171,19 @@ class Cache:
 
     def _make_room(self, file: BinaryIO, size: int) -> None:
         """Promise `size` bytes to a file that is about to be written, and evict what that takes."""
-        with (self.folder / "usage").open("a+b") as usage:
+        usage = os.open(self.folder / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
             self._wait_for(usage, f"{self.folder}: another process has been making room in the cache")
-            usage.seek(0)
-            used = usage.read()
+            used = os.pread(usage, _USAGE_DIGITS, 0)
             total = int(used) if used.isdigit() else None
             if total is None or total + size > self.limit:
                 total = self._evict(size)
             # Has its size from now on, so that whoever counts the files counts it.
             os.truncate(file.fileno(), size)
-            usage.truncate(0)
-            usage.write(b"%d" % (total + size))
+            # In place: a file that is cut and written anew goes to the disk at once, and is waited for (ext4).
+            os.pwrite(usage, b"%0*d" % (_USAGE_DIGITS, total + size), 0)
+        finally:
+            os.close(usage)
 
     def _evict(self, size: int) -> int:
         """Remove the files that were used longest ago until there is room; gives the bytes that are left."""
