@@ -138,8 +138,13 @@ def _remote(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile
             version = next((str(about[key]) for key in ("ETag", "etag", "mtime", "LastModified") if about.get(key)), "")
             url = system.unstrip_protocol(path)
             yield url, InputFile(url, int(about.get("size") or 0), version)
-    except (OSError, ValueError) as error:
-        raise unreadable(name, error) from None
+    except UsageError:
+        raise
+    except Exception as error:  # each store has its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"{shown(name)}: cannot be read: {reason}; check the URL, the credentials and the network"
+        ) from None
 
 
 def _exists(system: Any, path: str) -> bool:

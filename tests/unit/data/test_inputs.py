@@ -127,6 +127,18 @@ def test_what_a_store_does_not_have_is_named(bucket: str, tmp_path: Path) -> Non
     assert names(found, str(tmp_path)) == ["b c.txt", "a.txt"]
 
 
+def test_a_store_that_does_not_let_us_in_is_told_in_a_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(
+        DataError, match=r"^s3://texts/web: cannot be read: Unable to locate credentials; check the URL"
+    ):
+        find([f"{bucket}/web"])
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 ROWS = b"".join(b'{"text": "row %d"}\n' % number for number in range(20_000))
 
 
