@@ -264,7 +264,10 @@ def test_a_bad_line_is_named_by_file_and_number(line: bytes, message: str) -> No
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    for name, data, reason in (("cut.jsonl.gz", whole[:-20], "ended"), ("not.jsonl.gz", b"plain", "gzip")):
+    for name, data, reason in (
+        ("cut.jsonl.gz", whole[:-20], "ended"), ("not.jsonl.gz", b"plain", "gzip"),
+        ("none.jsonl.gz", b"", "empty"), ("none.tgz", b"", "empty"), ("none.txt.zst", b"", "empty"),
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}: cannot be read: .*{reason}"):
             read(tmp_path / name)
