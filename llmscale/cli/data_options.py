@@ -55,7 +55,7 @@ text_key = click.option(
     "--text-key", default="text", show_default=True, help="Key or column of the text, in .jsonl, .parquet and .json."
 )
 tokenizer = click.option(
-    "--tokenizer", type=click.Path(path_type=Path), required=True,
+    "--tokenizer", type=click.Path(exists=True, path_type=Path), required=True,
     help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",
 )  # fmt: skip
 pattern = click.option(

@@ -145,7 +145,6 @@ Arguments = Callable[[Path, Path, Path], list[object]]
     [
         (lambda c, k, t: ["build", "--input", t / "no*", "--tokenizer", k, "--output", t / "o"], "matches no file", 2),
         (lambda c, k, t: ["build", "--input", c, "--suffix", ".rs", "--tokenizer", k, "--output", t / "o"], ".rs", 2),
-        (lambda c, k, t: ["build", "--input", c, "--tokenizer", t / "no.json", "--output", t / "o"], "no.json", 1),
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", c / "part0/000.txt", "--output", t / "o"], "not a", 1),
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", c / "o"], "lies inside", 2),
         (lambda c, k, t: ["build", "--input", c, "--tokenizer", k, "--output", k.parent], "not empty", 2),
@@ -179,6 +178,7 @@ def test_a_mistake_gives_one_clear_line(
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--validation-fraction", "1"],
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--workers", "0"],
         ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--shard-size", "big"],
+        ["build", "--input", __file__, "--tokenizer", "no.json", "--output", "o"],
         ["tokenizer", "--input", "x", "--output", "k"],
         ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "999999999999"],
         ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "1" + "0" * 22],
