@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from llmscale.data.cache import Cache
+from llmscale.data.inputs import local_path
 from llmscale.data.parts import is_pattern
 from llmscale.data.pipe_store import PipeStore, open_store
 from llmscale.data.records import parse
@@ -50,7 +51,7 @@ class Split:
 
     def __init__(self, place: str | Path, cache: Cache | None = None, patience: Patience | None = None) -> None:
         """place: a folder, an fsspec URL or pipe:COMMAND (`store.py`). cache: where a remote split is kept."""
-        self.place = str(place).removeprefix("file://")
+        self.place = local_path(str(place))
         self.store: UrlStore | PipeStore | None = None
         self.cache = cache
         if is_remote(self.place):

@@ -28,7 +28,7 @@ from llmscale.data.loader import Loader
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
 from llmscale.data.stream import Stream
-from llmscale.data.text_shards import TextSplit
+from llmscale.data.text_shards import TextSplit, is_text
 from llmscale.data.text_source import WINDOW, TextSource
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
@@ -540,3 +540,13 @@ def test_the_command_describes_and_says_so(shards: Path, tokenizer_json: Path, t
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(UsageError, match=r"not a \.tar file"):
         describe([str(tmp_path / "a.tar.gz")], tokenizer_json, tmp_path / "text2")
+
+
+def test_a_description_may_be_named_by_a_file_url(described: Described) -> None:
+    folder = described()
+    assert is_text(f"file://{folder}")
+    assert verify(f"file://{folder}") == []
+    stream, again = Stream([(str(folder), 1.0)], 16, 1), Stream([(f"file://{folder}", 1.0)], 16, 1)
+    assert np.array_equal(stream.read([0, 5]), again.read([0, 5]))
+    stream.close()
+    again.close()
