@@ -258,5 +258,5 @@ def _not_a_split(folder: Path) -> str:
         return f"{folder}: no such folder; build one with `llmscale data build`"
     inside = sorted(card.parent.name for card in folder.glob("*/card.json"))
     if inside:
-        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[-1]}"
+        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[0]}"
     return f"{folder}: not a dataset, it has no card.json; build one with `llmscale data build`"
