@@ -362,6 +362,9 @@ def test_what_writers_of_text_do_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row) + gzip.compress(row) + bytes(512))
     for name in ("a.jsonl", "b.jsonl.gz"):
         assert texts(tmp_path / name) == ["a", "a"]
+    about = b'{"text": "about"}'
+    (tmp_path / "c.tar").write_bytes(tar(("a.json", about), ("a.txt", b"one"), ("b.json", about), ("b.txt", b"")))
+    assert texts(tmp_path / "c.tar") == ["one", "about"]
 
 
 def test_a_line_that_has_no_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
