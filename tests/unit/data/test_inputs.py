@@ -201,6 +201,16 @@ def test_reading_over_http_goes_on_where_it_broke(server: str, kind: str) -> Non
     assert reader.bytes_read == (len(ROWS) if kind != "no_size" else 0)
 
 
+@pytest.mark.parametrize("kind", ["whole", "no_size"])
+def test_the_end_of_a_file_over_http_may_be_read_again_and_again(
+    server: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with find([f"{server}/{kind}/rows.jsonl"])[0].open() as file:
+        assert file.read() == ROWS
+        assert [file.read(10) for _ in range(20)] == [b""] * 20
+    assert not caplog.records
+
+
 def test_what_an_http_server_says_is_told(server: str) -> None:
     with pytest.raises(UsageError, match=r"--input .*/404/rows\.jsonl: matches no file"):
         find([f"{server}/404/rows.jsonl"])
