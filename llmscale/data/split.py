@@ -32,6 +32,7 @@ from llmscale.data.shards import (
     sample_key,
 )
 from llmscale.data.store import Missing, Patience, UrlStore, is_remote
+from llmscale.data.text_shards import is_text
 from llmscale.errors import DataError, UsageError
 
 _MOST_CARD_BYTES = 1 << 28
@@ -69,6 +70,8 @@ class Split:
             self.folder = Path(self.place)
             if not (self.folder / "card.json").is_file():
                 raise UsageError(_not_a_split(self.folder))
+            if is_text(self.folder):
+                raise UsageError(f"{self.folder}: describes text, and is not read with token shards; name it by itself")
             self.card = parse(Card, _content(self.folder / "card.json"), self.where("card.json"), REBUILD)
         self.shards = tuple(_shards(self.folder / "index.json", self.where("index.json"), self.card.index_sha256))
         samples = sum(len(shard.offsets) for shard in self.shards)
