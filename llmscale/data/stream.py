@@ -284,6 +284,11 @@ def _refuse_absurd(sources: Sequence[tuple[str, float]], sequence_length: int, r
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} {count}: give at least 1")
+    for name, one, other in (("verify", "first", "never"), ("on_error", "stop", "skip")):
+        if (given := getattr(reading, name)) not in (one, other):
+            raise UsageError(f"{name} {given!r}: give {one!r} or {other!r}")
+    if not 0 <= reading.max_skipped <= 1:
+        raise UsageError(f"max_skipped {reading.max_skipped}: give a share from 0 to 1")
 
 
 def open_source(
