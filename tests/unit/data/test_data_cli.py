@@ -175,9 +175,9 @@ def test_a_mistake_gives_one_clear_line(
     "arguments",
     [
         ["build", "--input", "x"],
-        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--validation-fraction", "1"],
-        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--workers", "0"],
-        ["build", "--input", "x", "--tokenizer", "k", "--output", "o", "--shard-size", "big"],
+        ["build", "--input", "x", "--tokenizer", __file__, "--output", "o", "--validation-fraction", "1"],
+        ["build", "--input", "x", "--tokenizer", __file__, "--output", "o", "--workers", "0"],
+        ["build", "--input", "x", "--tokenizer", __file__, "--output", "o", "--shard-size", "big"],
         ["build", "--input", __file__, "--tokenizer", "no.json", "--output", "o"],
         ["tokenizer", "--input", "x", "--output", "k"],
         ["tokenizer", "--input", "x", "--output", "k", "--vocab-size", "999999999999"],
