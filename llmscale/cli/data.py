@@ -36,7 +36,7 @@ command.add_command(build)
     "--vocab-size", type=click.IntRange(1, 1 << 24), required=True, help="Number of token ids, special ones included."
 )
 @click.option("--special-token", "special_tokens", multiple=True, help="A further special token; repeatable.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="tokenizer.json to write.")
+@click.option("--output", type=options.LocalPath(), required=True, help="tokenizer.json to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file that --output names.")
 @options.as_json
 def train_tokenizer(
@@ -111,7 +111,7 @@ def train_tokenizer(
 @click.option(
     "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show as text."
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the document lengths.")
+@click.option("--plot", type=options.LocalPath(), metavar="FILE.png", help="Draw the document lengths.")
 @options.as_json
 def inspect(place: str, documents: int, plot: Path | None, as_json: bool) -> None:
     """Show totals, document lengths and some documents of a dataset.
@@ -201,7 +201,7 @@ def verify(context: click.Context, place: str, as_json: bool) -> None:
 @options.text_key
 @options.tokenizer
 @options.pattern
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the description.")
+@click.option("--output", type=options.LocalPath(), required=True, help="Folder of the description.")
 @click.option(
     "--streams", type=click.IntRange(min=1), default=64, show_default=True,
     help="Logical streams; data-parallel ranks share the tokenising where their number divides it.",

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Drop an unfinished build instead of going on with it.")
 @click.option(
     "--staging",
-    type=click.Path(path_type=Path),
+    type=options.LocalPath(),
     metavar="FOLDER",
     help="Where to work when --output is a URL; the system's folder for temporary files when not given.",
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llmscale.data.inputs import is_url, local_path
 from llmscale.data.tiktoken_file import PATTERNS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -25,6 +26,17 @@ class Size(click.ParamType[int]):
         if not match or not (size := int(match[1]) * _UNITS[match[2].upper()]):
             self.fail(f"{value!r} is not a size; write 512K, 256M or 1G", param, ctx)
         return size
+
+
+class LocalPath(click.ParamType[Path]):
+    """Something to write on this machine."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if is_url(str(value)):
+            self.fail(f"{value} is a URL; name a path on this machine, and copy from there", param, ctx)
+        return Path(local_path(str(value)))
 
 
 class Part(click.ParamType[tuple[int, int]]):
@@ -55,7 +67,7 @@ text_key = click.option(
     "--text-key", default="text", show_default=True, help="Key or column of the text, in .jsonl, .parquet and .json."
 )
 tokenizer = click.option(
-    "--tokenizer", type=click.Path(path_type=Path), required=True,
+    "--tokenizer", type=click.Path(exists=True, path_type=Path), required=True,
     help="tokenizer.json to use; or a tiktoken file, a sentencepiece model, a folder with one of them.",
 )  # fmt: skip
 pattern = click.option(

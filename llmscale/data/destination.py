@@ -21,9 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
-from urllib.parse import unquote, urlsplit
 
-from llmscale.data.inputs import InputFile
+from llmscale.data.inputs import InputFile, is_url, local_path
 from llmscale.data.skipped import REPORT
 from llmscale.errors import DataError, UsageError, shown
 
@@ -63,12 +62,10 @@ class Destination(Protocol):
 def destination(output: str | Path, staging: Path | None = None) -> Destination:
     """The destination that a path or URL names. staging: folder for the work of a build that goes to a store."""
     text = os.fspath(output)
-    parts = urlsplit(text)
-    if "://" not in text or parts.scheme in ("file", "local"):
-        path = Path(unquote(parts.path)) if "://" in text else Path(text)
+    if not is_url(text):
         if staging:
             raise UsageError(f"--staging {staging}: is for an --output that is a URL; leave it away")
-        return _Folder(path)
+        return _Folder(Path(local_path(text)))
     return _Store(text, staging)
 
 

@@ -158,6 +158,8 @@ class Reader:
 
 def _decompressed(name: str, file: BinaryIO) -> tuple[str, BinaryIO]:
     """The name without a compression's ending, and the file's content."""
+    if name.endswith((".gz", ".tgz", ".zst")) and not cast(io.BufferedReader, file).peek(1):
+        raise EOFError("the file is empty, and no compressed one is")
     if name.endswith((".gz", ".tgz")):
         return name.removesuffix(".gz"), cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if name.endswith(".zst"):

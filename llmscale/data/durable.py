@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tarfile
+from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,11 +89,16 @@ def reopen(path: Path, kept: int) -> BufferedRandom:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or what was there before."""
-    with temporary(path).open("wb") as file:
-        file.write(data)
-        sync(file)
-    temporary(path).replace(path)
+    """Write a file so that a reader sees all of it or what was there before; a failure leaves nothing of it."""
+    try:
+        with temporary(path).open("wb") as file:
+            file.write(data)
+            sync(file)
+        temporary(path).replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary(path).unlink()
+        raise
 
 
 def partial(path: Path) -> Path:

@@ -78,7 +78,7 @@ def find(inputs: Sequence[str], suffixes: Sequence[str] = (), links: list[str] |
     """
     found: dict[str, InputFile] = {}
     for name in inputs:
-        files = _remote(name, suffixes) if is_url(name) else _local(_path(name), suffixes, links)
+        files = _remote(name, suffixes) if is_url(name) else _local(local_path(name), suffixes, links)
         for key, file in files:
             found.setdefault(key, file)
     return list(found.values())
@@ -90,8 +90,8 @@ def unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"{shown(name)}: cannot be read: {reason}; mend the file or leave it out of --input")
 
 
-def _path(name: str) -> str:
-    """A file on this machine that may be named by a URL."""
+def local_path(name: str) -> str:
+    """What a user named, as a path where it is a URL of something on this machine."""
     return unquote(name.partition("://")[2]) if name.startswith(_LOCAL) else name
 
 
@@ -138,8 +138,13 @@ def _remote(name: str, suffixes: Sequence[str]) -> Iterator[tuple[str, InputFile
             version = next((str(about[key]) for key in ("ETag", "etag", "mtime", "LastModified") if about.get(key)), "")
             url = system.unstrip_protocol(path)
             yield url, InputFile(url, int(about.get("size") or 0), version)
-    except (OSError, ValueError) as error:
-        raise unreadable(name, error) from None
+    except UsageError:
+        raise
+    except Exception as error:  # each store has its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"{shown(name)}: cannot be read: {reason}; check the URL, the credentials and the network"
+        ) from None
 
 
 def _exists(system: Any, path: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmscale.data.cache import Cache
 from llmscale.data.durable import write_whole
+from llmscale.data.inputs import local_path
 from llmscale.data.shards import Card
 from llmscale.data.split import Split, splits
 from llmscale.data.store import is_remote
@@ -34,6 +35,7 @@ def describe(place: Path | str, documents: int = 3, cache: Cache | None = None) 
 
     place: a folder, or the URL of a split. documents: how many to decode, from samples spread evenly.
     """
+    place = local_path(str(place))
     opened = [Split(one, cache) for one in ([place] if is_remote(place) else splits(place))]
     return [Description(split.place, split.card, _documents(split, documents)) for split in opened]
 

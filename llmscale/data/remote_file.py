@@ -67,8 +67,12 @@ class _Ranges(_Remote):
 
 class _Stream(_Remote):
     _response: Any = None
+    _ended = False
 
     def _some(self, most: int) -> bytes:
+        if self._ended:  # aiohttp warns of reading on, with a stack, and readers of tars and .gz do
+            return b""
+
         def call() -> bytes:
             try:
                 if self._response is None:
@@ -82,7 +86,9 @@ class _Stream(_Remote):
                 raise Doubtful(f"ends at byte {self._position} of {self._size}")
             return data
 
-        return self._store.attempt(self._name, call)
+        data = self._store.attempt(self._name, call)
+        self._ended = not data
+        return data
 
     def close(self) -> None:
         self._drop()

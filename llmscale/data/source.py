@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ Integers = npt.NDArray[np.int64]
 class Source(Protocol):
     """Sequences of tokens, in an order of its own that is a function of (seed, ordinal)."""
 
-    tokenizer: Path
     tokenizer_sha256: str
     vocab_size: int
     end_of_document: int
@@ -31,6 +29,13 @@ class Source(Protocol):
 
     cache_bytes: int
     """Of the node's cache, so that little is fetched twice; 0 of a source that needs none."""
+
+    def read_tokenizer(self) -> bytes:
+        """The text of the tokenizer.json that the data was made or is described with.
+
+        Raises:
+            DataError: it is missing, or another.
+        """
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals (0 and up, [n]) into rows [n] of out, [batch, sequence_length + 1].

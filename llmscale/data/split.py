@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from llmscale.data.cache import Cache
+from llmscale.data.inputs import local_path
 from llmscale.data.parts import is_pattern
 from llmscale.data.pipe_store import PipeStore, open_store
 from llmscale.data.records import parse
@@ -31,6 +32,7 @@ from llmscale.data.shards import (
     sample_key,
 )
 from llmscale.data.store import Missing, Patience, UrlStore, is_remote
+from llmscale.data.text_shards import is_text
 from llmscale.errors import DataError, UsageError
 
 _MOST_CARD_BYTES = 1 << 28
@@ -50,7 +52,7 @@ class Split:
 
     def __init__(self, place: str | Path, cache: Cache | None = None, patience: Patience | None = None) -> None:
         """place: a folder, an fsspec URL or pipe:COMMAND (`store.py`). cache: where a remote split is kept."""
-        self.place = str(place).removeprefix("file://")
+        self.place = local_path(str(place))
         self.store: UrlStore | PipeStore | None = None
         self.cache = cache
         if is_remote(self.place):
@@ -68,6 +70,8 @@ class Split:
             self.folder = Path(self.place)
             if not (self.folder / "card.json").is_file():
                 raise UsageError(_not_a_split(self.folder))
+            if is_text(self.folder):
+                raise UsageError(f"{self.folder}: describes text, and is not read with token shards; name it by itself")
             self.card = parse(Card, _content(self.folder / "card.json"), self.where("card.json"), REBUILD)
         self.shards = tuple(_shards(self.folder / "index.json", self.where("index.json"), self.card.index_sha256))
         samples = sum(len(shard.offsets) for shard in self.shards)
@@ -257,5 +261,5 @@ def _not_a_split(folder: Path) -> str:
         return f"{folder}: no such folder; build one with `llmscale data build`"
     inside = sorted(card.parent.name for card in folder.glob("*/card.json"))
     if inside:
-        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[-1]}"
+        return f"{folder}: holds the splits {' and '.join(inside)}; name one of them, such as {folder / inside[0]}"
     return f"{folder}: not a dataset, it has no card.json; build one with `llmscale data build`"

@@ -98,7 +98,6 @@ class Stream:
         self.seed = seed
         self.vocab_size = max(source.vocab_size for source in self._sources)
         self.end_of_document = first.end_of_document
-        self.tokenizer = first.tokenizer
 
     def _open_cache(self) -> Cache:
         """Of the node, which all sources share; opened by the first that needs it."""
@@ -116,6 +115,14 @@ class Stream:
                 f"bytes, and two shuffle windows {'of each ' if len(sharing) > 1 else ''}take {needed}; "
                 "raise the limit, or lower shuffle_window"
             )
+
+    def read_tokenizer(self) -> bytes:
+        """The text of the sources' tokenizer.json.
+
+        Raises:
+            DataError: that of the first source is missing, or another than its data was made with.
+        """
+        return self._sources[0].read_tokenizer()
 
     def read(self, positions: Sequence[int] | Integers) -> Integers:
         """The sequences at these positions (0 and up), [len(positions), sequence_length + 1].
@@ -277,6 +284,11 @@ def _refuse_absurd(sources: Sequence[tuple[str, float]], sequence_length: int, r
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} {count}: give at least 1")
+    for name, one, other in (("verify", "first", "never"), ("on_error", "stop", "skip")):
+        if (given := getattr(reading, name)) not in (one, other):
+            raise UsageError(f"{name} {given!r}: give {one!r} or {other!r}")
+    if not 0 <= reading.max_skipped <= 1:
+        raise UsageError(f"max_skipped {reading.max_skipped}: give a share from 0 to 1")
 
 
 def open_source(

@@ -1,7 +1,7 @@
 """The samples of a webdataset shard that holds text: members that follow on each other and share a key.
 
-A sample's text is its .txt, or the value of a key in its .json; other members are passed over. The tar is read from
-front to back, once. Links, names that leave their folder and sizes that no text has are refused.
+A sample's text is its .txt, else the value of a key in its .json, whichever comes first; other members are passed over.
+The tar is read from front to back, once. Links, names that leave their folder and sizes that no text has are refused.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def every_sample(name: str, file: BinaryIO, text_key: str) -> Iterator[Sample]:
                 key = here
                 found, wrong = _text(name, tar, member, ending.lower(), text_key)
                 problem = problem or wrong
-                data = found if not data and found is not None else data
+                if found is not None and (not data or (found and ending.lower() == "txt")):
+                    data = found
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError) as error:
         place = f" near {key!r}" if key is not None else ""

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmscale.data.cache import Cache
+from llmscale.data.inputs import local_path
 from llmscale.data.pipe_store import open_store
 from llmscale.data.quarantine import NOT_THERE, Broken, unreadable
 from llmscale.data.records import Record, read_record
@@ -98,7 +99,7 @@ def is_text(place: str | Path) -> bool:
             store = open_store(str(place), Patience(), Counters())
             card = json.loads(store.read_all("card.json", _MOST_CARD_BYTES))
         else:
-            card = json.loads((Path(place) / "card.json").read_bytes())
+            card = json.loads(Path(local_path(str(place)), "card.json").read_bytes())
     except (OSError, ValueError, Missing):
         return False
     return isinstance(card, dict) and card.get("format") == TEXT_FORMAT
@@ -114,7 +115,7 @@ class TextSplit:
         self, place: str | Path, open_cache: Callable[[], Cache] = Cache, patience: Patience | None = None
     ) -> None:
         """place: a folder or an fsspec URL. open_cache: gives what keeps that which lies in stores; called at need."""
-        self.place = str(place).removeprefix("file://")
+        self.place = local_path(str(place))
         self._open_cache = open_cache
         self.cache: Cache | None = None
         self._patience = patience or Patience()

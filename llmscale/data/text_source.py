@@ -81,7 +81,6 @@ class TextSource:
         down, a JSON object a line.
         """
         card = split.card
-        self.tokenizer = split.tokenizer
         self.tokenizer_sha256 = card.tokenizer_sha256
         self.vocab_size = card.vocab_size
         self.end_of_document = card.end_of_document
@@ -97,6 +96,10 @@ class TextSource:
         self._tracks = [_Track(self, number) for number in range(card.streams)]
         self.quarantine = Quarantine(split, on_error, max_skipped, report)
         self._closed = False
+
+    def read_tokenizer(self) -> bytes:
+        """The text of the tokenizer.json beside the description."""
+        return self._tokenizer.content
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences at these ordinals into rows of out."""

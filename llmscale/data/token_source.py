@@ -93,12 +93,15 @@ class TokenSource:
         self._state = np.full(card.samples, _UNKNOWN if verify == "first" else _SOUND, dtype=np.uint8)
         self._look_through = verify == "never" and card.vocab_size < 2 ** (8 * np.dtype(card.dtype).itemsize)
         self._reading = threading.Lock()
-        self.tokenizer = split.tokenizer
         self.tokenizer_sha256 = card.tokenizer_sha256
         self.vocab_size = card.vocab_size
         self.end_of_document = card.end_of_document
         self.dtype = np.dtype(card.dtype)
         self.fingerprint = card.index_sha256
+
+    def read_tokenizer(self) -> bytes:
+        """The text of the tokenizer.json beside the shards."""
+        return self._split.read_tokenizer()
 
     def read(self, ordinals: Integers, rows: Integers, out: Tokens) -> None:
         """Copy the sequences that the source gives at these ordinals into rows of out."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmscale.data.cache import Cache
+from llmscale.data.inputs import local_path
 from llmscale.data.quarantine import Broken, message
 from llmscale.data.shards import REBUILD, Shard, checksum, sample_key
 from llmscale.data.split import Split, parse_sample, splits, without_card
@@ -36,6 +37,7 @@ def verify(
     place: a folder, a pattern that names some, or the URL of a split (`store.py`), whose shards go through the cache
     one after another. report: called with (bytes checked, bytes in all) after each shard.
     """
+    place = local_path(str(place))
     if is_text(place):
         return _text(TextSplit(place, (lambda: cache) if cache else Cache), report)
     problems: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,9 +21,11 @@ from llmscale.checkpoint.save import Saved, Saver
 from llmscale.config.deepspeed import DeepSpeedConfig, resolve
 from llmscale.config.load import dump
 from llmscale.config.schema import DataSource, RunConfig
+from llmscale.data.durable import write_whole
 from llmscale.data.loader import Loader
 from llmscale.data.parts import expanded, is_pattern
 from llmscale.data.stream import Reading, Stream
+from llmscale.data.tokenizer import tokenizer_json
 from llmscale.distributed import cpu, stop
 from llmscale.distributed.groups import Groups, form_groups
 from llmscale.distributed.launch import Launch, device_of, leave, start
@@ -188,7 +189,8 @@ def _train(run: Run, launch: Launch, device: torch.device, groups: Groups, stack
     if launch.rank == 0:
         dump(config, output / "config.yaml")
         # Beside the checkpoints, so that they can be used where the data is not.
-        shutil.copyfile(config.data.tokenizer or run.train.tokenizer, output / "tokenizer.json")
+        own = config.data.tokenizer
+        write_whole(output / "tokenizer.json", tokenizer_json(Path(own)) if own else run.train.read_tokenizer())
     if beginning is not None:
         recorder.note(f"begins with the weights of {beginning.path}")
     if checkpoint is not None:

@@ -16,6 +16,9 @@ import pytest
 
 from llmscale.data.build import build
 from llmscale.data.destination import destination
+from llmscale.data.inspect import describe
+from llmscale.data.stream import Stream
+from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
 from tests.unit.data.conftest import content
 
@@ -99,6 +102,13 @@ def test_a_file_url_is_a_folder(corpus: Path, tokenizer_json: Path, tmp_path: Pa
     build([str(corpus)], tokenizer_json, tmp_path / "out")
     build([str(corpus)], tokenizer_json, f"file://{tmp_path}/by%20url")
     assert content(tmp_path / "by url") == content(tmp_path / "out")
+    for scheme in ("file", "local"):
+        url = f"{scheme}://{tmp_path}/by%20url"
+        assert verify(url) == verify(f"{url}/train") == []
+        assert [one.place for one in describe(url)] == [
+            f"{tmp_path}/by url/{split}" for split in ("train", "validation")
+        ]
+        assert Stream([(f"{url}/train", 1.0)], 8, 1).read([0]).shape == (1, 9)
 
 
 @pytest.mark.parametrize(("name", "count"), [("shard", 4), ("card.json", 1), ("card.json", 2)])

@@ -264,7 +264,10 @@ def test_a_bad_line_is_named_by_file_and_number(line: bytes, message: str) -> No
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    for name, data, reason in (("cut.jsonl.gz", whole[:-20], "ended"), ("not.jsonl.gz", b"plain", "gzip")):
+    for name, data, reason in (
+        ("cut.jsonl.gz", whole[:-20], "ended"), ("not.jsonl.gz", b"plain", "gzip"),
+        ("none.jsonl.gz", b"", "empty"), ("none.tgz", b"", "empty"), ("none.txt.zst", b"", "empty"),
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}: cannot be read: .*{reason}"):
             read(tmp_path / name)
@@ -359,6 +362,9 @@ def test_what_writers_of_text_do_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row) + gzip.compress(row) + bytes(512))
     for name in ("a.jsonl", "b.jsonl.gz"):
         assert texts(tmp_path / name) == ["a", "a"]
+    about = b'{"text": "about"}'
+    (tmp_path / "c.tar").write_bytes(tar(("a.json", about), ("a.txt", b"one"), ("b.json", about), ("b.txt", b"")))
+    assert texts(tmp_path / "c.tar") == ["one", "about"]
 
 
 def test_a_line_that_has_no_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,18 @@ def test_what_a_store_does_not_have_is_named(bucket: str, tmp_path: Path) -> Non
     assert names(found, str(tmp_path)) == ["b c.txt", "a.txt"]
 
 
+def test_a_store_that_does_not_let_us_in_is_told_in_a_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(
+        DataError, match=r"^s3://texts/web: cannot be read: Unable to locate credentials; check the URL"
+    ):
+        find([f"{bucket}/web"])
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 ROWS = b"".join(b'{"text": "row %d"}\n' % number for number in range(20_000))
 
 
@@ -187,6 +199,16 @@ def test_reading_over_http_goes_on_where_it_broke(server: str, kind: str) -> Non
     assert b"".join(part.data for part in reader) == ROWS
     assert len(Handler.cut) == (3 if kind in ("break", "no_ranges") else 0)
     assert reader.bytes_read == (len(ROWS) if kind != "no_size" else 0)
+
+
+@pytest.mark.parametrize("kind", ["whole", "no_size"])
+def test_the_end_of_a_file_over_http_may_be_read_again_and_again(
+    server: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with find([f"{server}/{kind}/rows.jsonl"])[0].open() as file:
+        assert file.read() == ROWS
+        assert [file.read(10) for _ in range(20)] == [b""] * 20
+    assert not caplog.records
 
 
 def test_what_an_http_server_says_is_told(server: str) -> None:

@@ -45,13 +45,13 @@ def test_patterns_that_name_no_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["3/3", "1", "a/b", "-1/2", "1/0"])
 def test_a_part_that_there_is_not(part: str, tmp_path: Path) -> None:
-    arguments = ["build", "--input", str(tmp_path), "--tokenizer", "t", "--output", "o", "--part", part]
+    arguments = ["build", "--input", str(tmp_path), "--tokenizer", __file__, "--output", "o", "--part", part]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 2 and "is not a part" in result.output
 
 
 def test_more_parts_than_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    arguments = ["build", "--input", str(tmp_path / "a.txt"), "--tokenizer", "t", "--output", "o", "--part", "0/2"]
+    arguments = ["build", "--input", str(tmp_path / "a.txt"), "--tokenizer", __file__, "--output", "o", "--part", "0/2"]
     result = CliRunner().invoke(command, arguments)
     assert isinstance(result.exception, UsageError) and "the input has 1 file(s)" in str(result.exception)

@@ -103,7 +103,7 @@ def test_a_store_gives_the_sequences_and_the_order_of_the_folder(
     again = source(Split(place, cache, CALM))
     assert np.array_equal(read(again), local)
     assert proxy.requests["index.json"] == 1
-    assert again.tokenizer.read_bytes() == TOKENIZER
+    assert again.read_tokenizer() == TOKENIZER
 
 
 @pytest.mark.parametrize("action", ["error", "stall", "truncate", "flip"])

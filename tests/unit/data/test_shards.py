@@ -70,11 +70,13 @@ def test_tokens_lie_aligned_where_the_index_says(write_split: WriteSplit) -> Non
 
 def test_a_folder_that_is_no_split_is_refused_with_a_hint(write_split: WriteSplit, tmp_path: Path) -> None:
     write_split("train", [10])
+    write_split("validation", [10])
     with pytest.raises(UsageError, match=r"gone: no such folder; build one"):
         Split(tmp_path / "gone")
-    with pytest.raises(UsageError, match=r"holds the splits train; name one of them, such as .*train"):
+    with pytest.raises(UsageError, match=r"holds the splits train and validation; name one .*, such as .*/train$"):
         Split(tmp_path)
-    assert splits(tmp_path) == [tmp_path / "train"] == splits(tmp_path / "train")
+    assert splits(tmp_path) == [tmp_path / "train", tmp_path / "validation"]
+    assert splits(tmp_path / "train") == [tmp_path / "train"]
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match=r"other: not a dataset, it has no card\.json"):
         splits(tmp_path / "other")

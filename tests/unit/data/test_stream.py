@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_seeds_give_different_orders_and_the_same_seed_the_same(built: list[tupl
 def test_what_a_stream_says_of_itself(built: list[tuple[str, float]]) -> None:
     stream = Stream(built, 16, seed=1)
     assert (stream.vocab_size, stream.sequence_length) == (10, 16)
-    assert stream.tokenizer == Path(built[0][0]) / "tokenizer.json"
+    assert stream.read_tokenizer() == Path(built[0][0], "tokenizer.json").read_bytes()
     assert stream.read([]).shape == (0, 17)
     with pytest.raises(ValueError, match="positions count from 0"):
         stream.read([-1])
@@ -289,3 +290,29 @@ def test_sources_whose_documents_end_differently_are_refused(write_split: WriteS
     (other / "card.json").write_text(json.dumps({**card, "end_of_document": 3}))
     with pytest.raises(DataError, match=r"b: documents end with the id 3, those of .*a with 0; .*--end-of-document"):
         Stream([(str(one), 1.0), (str(other), 1.0)], 8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_error": "Skip"}, "on_error 'Skip': give 'stop' or 'skip'"),
+        ({"verify": "always"}, "verify 'always': give 'first' or 'never'"),
+        ({"max_skipped": 1.5}, "max_skipped 1.5: give a share from 0 to 1"),
+        ({"max_skipped": float("nan")}, "max_skipped nan: give a share from 0 to 1"),
+    ],
+)
+def test_a_mistyped_way_to_read_is_refused(options: dict[str, Any], message: str, write_split: WriteSplit) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        Stream([(str(write_split("a", [90])), 1.0)], 8, 1, Reading(**options))
+
+
+def test_the_tokenizer_that_a_run_takes_along_is_the_one_that_made_the_data(write_split: WriteSplit) -> None:
+    folder = write_split("a", [90], tokenizer=b"{}")
+    stream = Stream([(str(folder), 1.0)], 8, seed=1)
+    assert stream.read_tokenizer() == b"{}"
+    (folder / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(DataError, match=r"a/tokenizer\.json: not the tokenizer that made the shards"):
+        stream.read_tokenizer()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"a/tokenizer\.json: is missing; copy the folder again"):
+        stream.read_tokenizer()

@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 from llmscale.cli.data import command
 from llmscale.data import tokenizer
 from llmscale.data.describe import describe
+from llmscale.data.inspect import describe as look_into
 from llmscale.data.loader import Loader
 from llmscale.data.source import Integers
 from llmscale.data.split import Split
 from llmscale.data.stream import Stream
-from llmscale.data.text_shards import TextSplit
+from llmscale.data.text_shards import TextSplit, is_text
 from llmscale.data.text_source import WINDOW, TextSource
 from llmscale.data.tokenizer import Tokenizer
 from llmscale.data.verify import verify
@@ -540,3 +541,16 @@ def test_the_command_describes_and_says_so(shards: Path, tokenizer_json: Path, t
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(UsageError, match=r"not a \.tar file"):
         describe([str(tmp_path / "a.tar.gz")], tokenizer_json, tmp_path / "text2")
+
+
+def test_a_description_is_named_by_itself_and_may_be_by_a_file_url(described: Described) -> None:
+    folder = described()
+    assert is_text(f"file://{folder}")
+    assert verify(f"file://{folder}") == []
+    for look in (verify, look_into):
+        with pytest.raises(UsageError, match=rf"^{folder}: describes text, .*; name it by itself$"):
+            look(folder.parent)
+    stream, again = Stream([(str(folder), 1.0)], 16, 1), Stream([(f"file://{folder}", 1.0)], 16, 1)
+    assert np.array_equal(stream.read([0, 5]), again.read([0, 5]))
+    stream.close()
+    again.close()

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmscale.data import durable
 from llmscale.data import tokenizer as tokenizers
 from llmscale.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from llmscale.errors import DataError, UsageError
@@ -92,6 +95,17 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"model": 3}')
     with pytest.raises(DataError, match=r"bad\.json: not a tokenizer\.json"):
         Tokenizer(tmp_path / "bad.json")
+
+
+def test_a_tokenizer_for_which_the_disk_has_no_room_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.write("old", path)
+    monkeypatch.setattr(durable, "sync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot be written: No space left on device; name another"):
+        tokenizers.write("new", path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_foreign_tokenizer_ends_documents_with_its_own_token(tmp_path: Path) -> None:
