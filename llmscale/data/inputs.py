@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from llmscale.data.remote_file import open_remote
-from llmscale.data.store import PACKAGES
+from llmscale.data.store import PACKAGES, failure_behind
 from llmscale.errors import DataError, UsageError, shown
 
 _GLOB = "*?["
@@ -152,9 +152,7 @@ def _exists(system: Any, path: str) -> bool:
     try:
         system.info(path)
     except FileNotFoundError as error:
-        cause = error.__cause__  # of an HTTP server, which fsspec takes for missing whatever it says
-        status = getattr(cause, "status", None)
-        if status not in (None, 404, 410) or (status is None and isinstance(cause, OSError)):
+        if (cause := failure_behind(error)) is not None:
             raise ValueError(f"{type(cause).__name__}: {cause}") from None
         return False
     return True

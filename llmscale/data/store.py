@@ -205,6 +205,14 @@ def _beyond_the_end(error: Exception) -> bool:
     return refused or getattr(error, "status", None) == 416
 
 
+def failure_behind(error: FileNotFoundError) -> BaseException | None:
+    """What went wrong, where fsspec took an HTTP server's failure for a missing file; None where one is missing."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    out_of_reach = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return cause if (out_of_reach if status is None else status not in (404, 410)) else None
+
+
 def _final(error: Exception) -> bool:
     """Whether another attempt cannot help."""
     status = getattr(error, "status", None)
@@ -306,6 +314,8 @@ class UrlStore(Store):
             if self._closed.is_set():  # `close` may not have seen the answer
                 answer.cancel()
             return answer.result(seconds)
+        except FileNotFoundError as error:
+            raise failure_behind(error) or error from None
         except TimeoutError:
             raise TimeoutError(f"no answer within {self._patience.attempt_seconds:g} s") from None
         finally:

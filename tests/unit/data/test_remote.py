@@ -24,6 +24,7 @@ from llmscale.data.stream import Reading, Stream
 from llmscale.data.token_source import TokenSource
 from llmscale.data.verify import verify
 from llmscale.errors import DataError, UsageError
+from tests.ports import free_ports
 
 from .conftest import WriteSplit, tokenizer_of
 from .servers import Proxy, proxy, s3, upload
@@ -408,6 +409,26 @@ def test_an_http_server_without_byte_ranges_is_refused(
             DataError, match=r"ignores byte ranges .*; fetch whole shards .*'pipe:curl -sSf URL/\{name\}'"
         ):
             read(source(Split(url, cache, CALM)))
+        server.shutdown()
+
+
+def test_an_http_server_that_is_away_or_refuses_is_not_one_without_the_dataset(folder: Path, cache: Cache) -> None:
+    with pytest.raises(DataError, match=r"card\.json: \d+ attempts in \d+ s failed, the last with: ClientConnector"):
+        Split(f"http://127.0.0.1:{free_ports()}", cache, HASTY)
+
+    class Refusing(SimpleHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403 if self.path.startswith("/closed") else 404)
+
+        do_GET = do_HEAD
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(DataError, match=r"closed/card\.json: cannot be read: ClientResponseError: 403"):
+            Split(f"{url}/closed", cache, CALM)
+        with pytest.raises(UsageError, match=r"none: not a dataset, it has no card\.json"):
+            Split(f"{url}/none", cache, CALM)
         server.shutdown()
 
 
