@@ -69,7 +69,7 @@ def test_a_run_that_was_preempted_three_times_is_the_run_that_was_not(
     cluster.call("scontrol", "requeue", number)
     job.until(lambda: job.state() == "PENDING", "the second start to end")
     saved = max(int(path.name[5:]) for path in (job.run / "checkpoints").glob("step_*"))
-    job.until(lambda: job.state() == "RUNNING", "the third start")
+    job.until(lambda: job.log().count("resumes after step ") == 2, "the third start")
     job.until_step(saved + 10)
     cluster.call("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert job.until_over() == "done: all steps are done, 90 of them"
