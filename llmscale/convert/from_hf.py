@@ -32,7 +32,7 @@ from llmscale.convert.tokenizer_files import FILES, GENERATION, copy, special_id
 from llmscale.convert.transforms import Pair, pairs, to_ours
 from llmscale.errors import ConversionError, UsageError
 from llmscale.models.cut import local_shape
-from llmscale.models.family import Family, families
+from llmscale.models.family import EMBEDDING, Family, families
 from llmscale.models.hugging_face import UNSUPPORTED
 from llmscale.models.init import copy_part
 from llmscale.versions import versions
@@ -74,7 +74,7 @@ def from_hf(
         step = place.work / "checkpoints" / step_name(0)
         step.mkdir(parents=True)
         imported = {
-            "folder": folder.name,
+            "folder": folder.resolve().name,
             "architecture": family.hugging_face.architecture,
             "token_ids": special_ids(config),
             **_types(found, source),
@@ -137,6 +137,13 @@ def _match(wanted: Sequence[Pair], source: Source, family: Family, folder: Path)
             _, has = source.about(name)
             if has != shape:
                 raise ConversionError(f"{folder}: {name} is {list(has)}, and by config.json {list(shape)}")
+    embedding = next(own[0] for pair, own in found if pair.weight.name == EMBEDDING)
+    for name in sorted(outputs & there - names):
+        if source.about(name) != source.about(embedding) or not torch.equal(source.read(name), source.read(embedding)):
+            raise ConversionError(
+                f"{folder}: {name} is not {embedding}, to which config.json ties it; transformers uses both: set "
+                "tie_word_embeddings to false, or remove the tensor"
+            )
     return found
 
 

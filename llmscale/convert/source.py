@@ -19,8 +19,11 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         """Raises ConversionError where there are no safetensors files, or broken ones."""
+        # In the order in which transformers looks; a folder may hold the model in another form too.
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        if (folder / "model.safetensors").is_file():
+            names = ["model.safetensors"]
+        elif index.is_file():
             places = json_of(index).get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
                 raise ConversionError(f"{index}: no weight_map of tensors to files; download the folder again")

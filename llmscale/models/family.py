@@ -26,6 +26,9 @@ cut. columns: along dimension 1. vocab: along dimension 0, which is padded.
 Init = Literal["normal", "residual", "ones", "zeros"]
 """normal: N(0, init_std). residual: N(0, init_std / sqrt(2 × num_layers)), GPT-2's rule for the residual stream."""
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The weight that every family has, and that its output layer may be tied to."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -109,7 +112,7 @@ class Family:
         hidden, ffn = model.hidden_size, self.ffn_hidden_size(model)
         heads_width = model.num_attention_heads * model.head_size
         qkv_width = heads_width + 2 * model.query_groups * model.head_size
-        yield Weight("embedding.word_embeddings.weight", (vocab_size, hidden), "vocab", "normal")
+        yield Weight(EMBEDDING, (vocab_size, hidden), "vocab", "normal")
         if self.positions == "learned":
             shape = (model.max_position_embeddings, hidden)
             yield Weight("embedding.position_embeddings.weight", shape, "replicated", "normal")

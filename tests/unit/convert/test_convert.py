@@ -265,6 +265,7 @@ def add_a_tensor(folder: Path) -> None:
 
 
 def map_to_numbers(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 5}}))
 
 
@@ -309,6 +310,10 @@ def cut(folder: Path) -> None:
         (edit(tie_word_embeddings="false"), r'tie_word_embeddings is "false"; true or false is wanted'),
         (edit(head_dim=0), r"head_dim is 0; a whole number above 0 is wanted"),
         (edit(num_key_value_heads="2"), r'num_key_value_heads is "2"; a whole number above 0 is wanted'),
+        (
+            edit(tie_word_embeddings=True),
+            r"lm_head\.weight is not model\.embed_tokens\.weight, to which config.json ties",
+        ),
         (map_to_numbers, r"index\.json: no weight_map of tensors to files"),
         (rename_a_tensor, r"1 tensor\(s\) missing, such as model\.layers\.0\.mlp\.down_proj\.weight"),
         (add_a_tensor, r"1 tensor\(s\) that config\.json does not speak of, such as .*q_proj\.bias"),
@@ -329,6 +334,24 @@ def test_what_cannot_be_imported_is_refused_by_name(
 def test_code_in_the_folder_is_not_run(llama: Path, tmp_path: Path) -> None:
     (llama / "modeling_llama.py").write_text("raise SystemExit(9)\n")
     assert from_hf(llama, tmp_path / "ours").parameters > 0
+
+
+def test_a_model_that_is_there_in_another_form_too_is_read_as_transformers_reads_it(
+    llama: Path, tmp_path: Path
+) -> None:
+    save_file({"tok_embeddings.weight": torch.zeros(3)}, llama / "consolidated.safetensors")
+    result = export(from_hf(llama, tmp_path / "ours"), tmp_path / "again")
+    assert tensors(tmp_path / "again").keys() == load_file(llama / "model.safetensors").keys()
+    assert result.parity is not None and result.parity.equal
+
+
+def test_a_tied_output_that_is_written_out_is_taken(tmp_path: Path) -> None:
+    save_random(CASES["llama-3-tied"](), tmp_path / "theirs", torch.float32)
+    found = tensors(tmp_path / "theirs")
+    save_file(
+        {**found, "lm_head.weight": found["model.embed_tokens.weight"].clone()}, tmp_path / "theirs/model.safetensors"
+    )
+    assert from_hf(tmp_path / "theirs", tmp_path / "ours").parameters > 0
 
 
 def test_an_older_files_names_without_prefix_and_its_buffers_are_taken(tmp_path: Path) -> None:
