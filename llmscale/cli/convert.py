@@ -39,7 +39,10 @@ class _Size(click.ParamType[int]):
     type=click.Choice(["bf16", "fp16", "fp32"]),
     help="Of the tensors; when not given what the run computed in, or what an imported model came in.",
 )
-@click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes of one file.")
+@click.option(
+    "--max-shard-size", type=_Size(), default="5GB", show_default=True,
+    help="Most bytes of one file; a weight's tensors (q, k and v; gate and up) stay together.",
+)  # fmt: skip
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json; the run's own when not given.")
 @click.option(
     "--end-of-document", metavar="TOKEN", help="What ends a document; what the checkpoint tells if not given."
