@@ -155,7 +155,9 @@ def cancel_command(named: str, now: bool, dry_run: bool, as_json: bool) -> None:
     alive = [job for job in queue(submission.jobs) if not job.over]
     saving = [job.job for job in alive if job.state == "RUNNING" and submission.template == "pretrain" and not now]
     if alive and not dry_run:
-        (submission.folder / ENDED).write_text("stop: cancelled by llmscale slurm cancel\n")
+        ended = submission.folder / ENDED
+        if not ended.exists():  # of a chain that is done, jobs may wait yet
+            ended.write_text("stop: cancelled by llmscale slurm cancel\n")
         for job in alive:
             # Its script hands the signal on, and cancels the job once it has saved.
             call("scancel", *(("--signal=USR1", "--batch") if job.job in saving else ()), job.job)
