@@ -63,6 +63,7 @@ MessageTimeout=10
 TCPTimeout=2
 CompleteWait=0
 MinJobAge=3600
+FirstJobId={first}
 GresTypes=gpu
 """
 _PARTITIONS = """\
@@ -128,7 +129,10 @@ class Cluster:
         )
         for number in range(8):
             os.mknod(self.folder / "dev" / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
-        text, gres = _CONFIG.format(port=port, host=host, folder=self.folder), ""
+        text, gres = (
+            _CONFIG.format(port=port, host=host, folder=self.folder, first=random.SystemRandom().randint(1, 30_000)),
+            "",
+        )
         for number, (node, address) in enumerate(addresses.items()):
             kind = ("h100", "a100")[number % 2]
             text += (
