@@ -120,7 +120,8 @@ class Cluster:
         self._until(lambda: self.idle() == set(self.nodes), "the nodes")
 
     def _configure(self) -> None:
-        port, net = free_ports(len(self.nodes) + 1), random.randint(1, 250)
+        draw = random.SystemRandom()  # tests seed the other one, and two clusters may run
+        port, net = free_ports(len(self.nodes) + 1), draw.randint(1, 250)
         host = socket.gethostname().partition(".")[0]
         addresses = {node: f"127.{net}.0.{number + 1}" for number, node in enumerate(self.nodes)}
         etc = self.folder / "etc"
@@ -129,10 +130,8 @@ class Cluster:
         )
         for number in range(8):
             os.mknod(self.folder / "dev" / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
-        text, gres = (
-            _CONFIG.format(port=port, host=host, folder=self.folder, first=random.SystemRandom().randint(1, 30_000)),
-            "",
-        )
+        text = _CONFIG.format(port=port, host=host, folder=self.folder, first=draw.randint(1, 30_000))
+        gres = ""
         for number, (node, address) in enumerate(addresses.items()):
             kind = ("h100", "a100")[number % 2]
             text += (
